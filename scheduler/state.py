@@ -1,0 +1,134 @@
+"""What the scheduler is told before an iteration, and what it answers: plain frozen data.
+
+The engine and a simulator fill `SchedulerState` and carry out `Plan`. Times are seconds of the caller's
+monotonic clock. A *sweep* is one packed stream of training sequences going through forward, head and
+backward together; its sequences may belong to several jobs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RequestState:
+    """One admitted generation sequence.
+
+    `total_tokens - computed_tokens` tokens still have to run. A request that has `output_tokens` > 0 and
+    exactly one token to run is in decode; otherwise it is in prefill (also after a preemption, which sets
+    `computed_tokens` back).
+    """
+
+    request_id: str
+    tenant: str
+    weight: float  # the tenant's share
+    slo_class: str  # "interactive" | "batch"
+    arrived: float
+    total_tokens: int  # prompt + generated so far
+    computed_tokens: int  # tokens whose K/V is in the cache, prefix hits included
+    output_tokens: int
+    blocks_held: int
+    adapter: str | None  # version digest
+    adapter_ready: bool  # resident in the pool, or None needed
+    ttft_deadline: float  # when the first token is due
+    itl_deadline: float | None  # when the next token of a running stream is due; None before the first
+    running: bool  # False: still in the waiting queue, holds no blocks
+
+
+@dataclass(frozen=True, slots=True)
+class SweepJob:
+    job_id: str
+    tenant: str
+    weight: float
+    priority: str  # "normal" | "low"
+
+
+@dataclass(frozen=True, slots=True)
+class SweepState:
+    """Where one training sweep stands. All counts are tokens (rows) of the packed stream."""
+
+    sweep_id: int
+    jobs: tuple[SweepJob, ...]
+    layers: int
+    stream_tokens: int
+    window: int  # the largest window, in tokens, of any unit of this sweep
+    forward_tokens: int  # rows that have gone through all layers
+    partial_tokens: int  # rows of the window that stopped at a layer boundary (0: none)
+    partial_layer: int  # the layer that window goes on from
+    head_rows_ready: int  # label rows forwarded and not yet through the head
+    head_rows_left: int  # label rows not yet through the head, ready or not
+    backward: bool  # False for an evaluation sweep: done after the head
+    backward_layer: int  # current layer, layers-1 … 0; -1: all done
+    backward_tokens: int  # rows already done in the current layer
+
+    @property
+    def forward_done(self) -> bool:
+        return self.forward_tokens >= self.stream_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerState:
+    now: float
+    requests: tuple[RequestState, ...]  # running and waiting, in order of arrival
+    sweeps: tuple[SweepState, ...]  # in order of creation
+    free_blocks: int
+    block_size: int
+    max_running: int
+    max_adapters: int  # how many distinct adapters the pool can hold at once (a lower bound)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    request_id: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ride:
+    """The next `tokens` rows of a sweep go through all layers, inside the packed forward."""
+
+    sweep_id: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardUnit:
+    """The next window (or the unfinished one) goes through `layers` more layers, in a pass of its own."""
+
+    sweep_id: int
+    tokens: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeadUnit:
+    sweep_id: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardUnit:
+    """The last `tokens` rows not yet done in the sweep's current layer; never crosses a layer."""
+
+    sweep_id: int
+    tokens: int
+
+
+Unit = ForwardUnit | HeadUnit | BackwardUnit
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One iteration: the packed forward (decodes, prefills, rides), then the units, in this order."""
+
+    decodes: tuple[str, ...] = ()
+    prefills: tuple[Prefill, ...] = ()
+    rides: tuple[Ride, ...] = ()
+    units: tuple[Unit, ...] = ()
+    preempt: tuple[str, ...] = ()  # requests that give all their blocks back before the forward
+    predicted_seconds: float = 0.0
+    budget_seconds: float = 0.0  # what the inter-token promise allowed this iteration
+
+    @property
+    def empty(self) -> bool:
+        return not (self.decodes or self.prefills or self.rides or self.units)

@@ -1,0 +1,1 @@
+"""The running service: HTTP side (api, gateway, data, tenancy, store, cli) and device side (engine, training)."""

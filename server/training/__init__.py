@@ -1,0 +1,1 @@
+"""Device-side training: data, adapters' parameters, optimizer, checkpoints and events of a job."""

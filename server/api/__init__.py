@@ -1,0 +1,1 @@
+"""The HTTP routes: one router a resource, its wire models beside it; no decision of the engine is taken here."""

@@ -1,0 +1,154 @@
+"""The one error type of the API, its JSON body, and how every failure of a request becomes it.
+
+A message may repeat what the client sent, never what the server is: no path, address or traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+}
+
+_CODES = {
+    400: "invalid_value",
+    401: "invalid_api_key",
+    403: "insufficient_permissions",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    409: "conflict",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    429: "rate_limit_exceeded",
+    431: "request_header_too_large",
+    500: "internal_error",
+    503: "engine_unavailable",
+}
+
+
+class ApiError(HTTPException):
+    """A failure with a status, a code that programs read, a message that people read and the parameter at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        type: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(int(status), message, dict(headers or {}))
+        self.status = int(status)
+        self.message = message
+        self.code = code or _CODES.get(self.status, "error")
+        self.param = param
+        default = "invalid_request_error" if self.status < 500 else "server_error"
+        self.type = type or _TYPES.get(HTTPStatus(self.status), default)
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), status_code=self.status, headers=dict(self.headers or {}))
+
+
+def invalid(message: str, param: str | None = None, *, code: str = "invalid_value") -> ApiError:
+    """400: the client sent something that can never be right."""
+    return ApiError(400, message, code=code, param=param)
+
+
+def unsupported(message: str, param: str) -> ApiError:
+    """400: a known parameter with a value that this server does not serve."""
+    return ApiError(400, message, code="unsupported_value", param=param)
+
+
+def not_found(message: str, *, param: str | None = None, code: str = "not_found") -> ApiError:
+    """404: it does not exist, or belongs to another tenant; the two look the same."""
+    return ApiError(404, message, code=code, param=param)
+
+
+def model_not_found(model: str) -> ApiError:
+    return not_found(
+        f"The model `{clip(model)}` does not exist or you do not have access to it; GET /v1/models lists yours.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def conflict(message: str, *, code: str = "conflict", param: str | None = None) -> ApiError:
+    """409: right in itself, but not in the state that the object is in."""
+    return ApiError(409, message, code=code, param=param)
+
+
+def too_busy(message: str, retry_after_ms: int) -> ApiError:
+    """429 that passes by itself: the client should wait and try again."""
+    return ApiError(429, message, headers={"retry-after-ms": str(retry_after_ms)})
+
+
+def unavailable(message: str, retry_after_ms: int = 2000, *, code: str = "engine_unavailable") -> ApiError:
+    """503: the server cannot do this now; the message says what is missing."""
+    return ApiError(503, message, code=code, headers={"retry-after-ms": str(retry_after_ms)})
+
+
+def storage_unavailable() -> ApiError:
+    return unavailable("The server's storage is not available at the moment.", code="storage_unavailable")
+
+
+def internal_error() -> ApiError:
+    """500: says nothing of the cause; the log has it under the request id."""
+    return ApiError(
+        500, "The server had an error while processing your request; quote the x-request-id to its operator."
+    )
+
+
+def from_status(status: int, detail: str | None = None, headers: Mapping[str, str] | None = None) -> ApiError:
+    """An error for a bare HTTP status, as frameworks raise it."""
+    if status >= 500 or not detail:
+        try:
+            detail = HTTPStatus(status).phrase
+        except ValueError:
+            detail, status = "The request failed", 500
+    return ApiError(status, detail, headers=headers)
+
+
+def from_validation(error: ValidationError, *, prefix: Sequence[str | int] = ()) -> ApiError:
+    """400 for the first fault of a pydantic validation; `param` is its place, as `messages[0].content`."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    param = place([*prefix, *first["loc"]])
+    if first["type"] == "missing":
+        return invalid(f"Missing required parameter: '{param}'.", param, code="missing_required_parameter")
+    if first["type"] == "extra_forbidden":
+        return invalid(f"Unknown parameter: '{param}'.", param, code="unknown_parameter")
+    reason = first["msg"].removeprefix("Value error, ")
+    return invalid(f"Invalid value for '{param}': {reason}" if param else reason, param or None)
+
+
+def place(location: Sequence[str | int]) -> str:
+    """`("messages", 0, "content")` as `messages[0].content`; tags that pydantic adds for unions are left out."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part.isidentifier() and not part.startswith(("list_", "constrained_", "function_")):
+            if part in ("str", "int", "float", "bool", "none"):
+                continue
+            text += f".{part}" if text else part
+    return clip(text)
+
+
+def clip(text: str, limit: int = 120) -> str:
+    """`text` fit to be repeated in a message: printable and short."""
+    clean = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text[:limit])
+    return clean + ("…" if len(text) > limit else "")

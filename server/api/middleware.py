@@ -1,0 +1,147 @@
+"""What wraps every request: an id, an error object for whatever goes wrong, and limits on headers and bodies.
+
+Plain ASGI throughout: a wrapper that runs the application in a task of its own would hide a client's disconnect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+import traceback
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from coserve.server.api.errors import ApiError, internal_error, storage_unavailable
+from coserve.server.store.errors import StoreUnavailable
+
+log = logging.getLogger("coserve.http")
+
+_CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+_DISCARD_BYTES = 64 * 1024**2
+_DISCARD_SECONDS = 2.0
+
+
+class RequestId:
+    """Gives every response an `x-request-id`, and logs method, path, status and seconds: no query, header or body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _CLIENT_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
+        scope["coserve.request_id"] = request_id
+        started = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            seconds = time.monotonic() - started
+            level = logging.DEBUG if scope["path"] in ("/healthz", "/readyz", "/metrics") else logging.INFO
+            log.log(level, "%s %s %s %.3fs %s", scope["method"], _printable(scope["path"]), status, seconds, request_id)
+
+
+class ErrorBoundary:
+    """Turns whatever escapes the application into the error object; a response already begun is cut off."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except ApiError as error:
+            if not begun:
+                await error.response()(scope, receive, send)
+        except StoreUnavailable as error:
+            log.error("%s: the store failed: %s", scope.get("coserve.request_id"), error)
+            if not begun:
+                await storage_unavailable().response()(scope, receive, send)
+        except Exception as error:  # noqa: BLE001 - the outermost frame: everything becomes an answer and a log line
+            frames = "".join(traceback.format_tb(error.__traceback__))  # no message: it may quote a prompt
+            log.error("%s: unexpected %s\n%s", scope.get("coserve.request_id"), type(error).__name__, frames)
+            if not begun:
+                await internal_error().response()(scope, receive, send)
+
+
+class Limits:
+    """431 for headers over their limit; 413 for a body over its route's limit, however it is sent."""
+
+    def __init__(self, app: ASGIApp, max_header: int, max_body: int, larger: Mapping[str, int]) -> None:
+        self.app = app
+        self.max_header = max_header
+        self.max_body = max_body
+        self.larger = larger  # path -> limit, for the routes that take files
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        size = sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope.get("query_string", b""))
+        if size > self.max_header:
+            error = ApiError(431, f"The request's headers take {size} bytes; at most {self.max_header} are allowed.")
+            return await error.response()(scope, receive, send)
+
+        limit = self.larger.get(scope["path"], self.max_body)
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
+            await _discard(receive)
+            return await _too_large(limit).response()(scope, receive, send)
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > limit:
+                    await _discard(receive)
+                    raise _too_large(limit)
+            return message
+
+        return await self.app(scope, counted, send)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The request body is larger than {limit} bytes.", headers={"connection": "close"})
+
+
+async def _discard(receive: Receive) -> None:
+    """Read on for a moment: a client that still writes would otherwise see a reset instead of the answer."""
+    left = _DISCARD_BYTES
+    try:
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+                left -= len(message.get("body", b""))
+    except TimeoutError:
+        return
+
+
+def _printable(path: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in path[:200])

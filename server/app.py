@@ -1,0 +1,77 @@
+"""Builds the FastAPI application from its services: routers, middleware, error handlers; starts nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import Response
+
+import coserve
+from coserve.server.api import service
+from coserve.server.api.auth import Authentication, route_table
+from coserve.server.api.errors import ApiError, clip, from_status, invalid, place
+from coserve.server.api.middleware import ErrorBoundary, Limits, RequestId
+from coserve.server.gateway.services import Services
+
+# models comes last: its {id:path} would swallow what stands behind it
+ROUTERS: tuple[APIRouter, ...] = (service.router,)
+
+UPLOAD_PATHS = ("/v1/files", "/v1/adapters")
+
+
+def create_app(services: Services) -> FastAPI:
+    """The application. Raises TypeError if a route declares no access class."""
+    route_table(ROUTERS)
+    settings = services.settings
+    app = FastAPI(
+        title="coserve",
+        version=coserve.__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,  # served by a route of ours, which asks for a key
+        redirect_slashes=False,
+        middleware=[
+            Middleware(RequestId),
+            Middleware(ErrorBoundary),
+            Middleware(
+                Limits,
+                max_header=settings.max_header,
+                max_body=settings.max_body,
+                larger=dict.fromkeys(UPLOAD_PATHS, settings.max_upload + 1024**2),  # multipart's own lines
+            ),
+            Middleware(Authentication, authenticator=services.authenticator),
+        ],
+        exception_handlers={
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            RequestValidationError: _validation_error,
+        },
+    )
+    app.state.services = services
+    for router in ROUTERS:
+        app.include_router(router)
+    return app
+
+
+async def _api_error(_: Request, error: Any) -> Response:
+    return error.response()
+
+
+async def _http_error(request: Request, error: Any) -> Response:
+    target = f"{request.method} {clip(request.url.path)}"
+    if error.status_code == 404:
+        return ApiError(404, f"Unknown URL: {target}.", code="unknown_url").response()
+    if error.status_code == 405:
+        return ApiError(405, f"{target}: this path does not take this method.", headers=error.headers).response()
+    return from_status(error.status_code, str(error.detail), error.headers).response()
+
+
+async def _validation_error(_: Request, error: Any) -> Response:
+    first = error.errors()[0]
+    param = place(first["loc"][1:])  # the first part says where: query, path, body
+    code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
+    return invalid(f"Invalid value for '{param}': {first['msg']}", param or None, code=code).response()

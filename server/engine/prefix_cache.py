@@ -1,0 +1,209 @@
+"""Reuse of K/V blocks between sequences that begin with the same tokens, and the one door to all blocks.
+
+A block is known by a SHA-256 chain over (salt, adapter version, all token ids up to its end), so equal keys
+mean equal content for one tenant salt and one immutable version, never for a name. Only full blocks whose
+K/V has been computed are entered, and K/V of training rows never is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from coserve.server.engine.kv_cache import BlockAllocator, OutOfBlocks, SequenceBlocks
+
+
+def root_hash(salt: str, version: str) -> bytes:
+    """The chain's start. Lengths are part of it, so that no two (salt, version) pairs run together."""
+    parts = [part.encode("utf-8", "surrogatepass") for part in (salt, version)]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.digest()
+
+
+def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+
+
+class PrefixCache:
+    """Block hashes → blocks. Holds one reference of its own on every block it knows.
+
+    A block is evictable while that reference is the only one; the least recently used goes first.
+    """
+
+    def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
+        self._allocator = allocator
+        self._block_size = block_size
+        self._blocks: dict[bytes, int] = {}
+        self._entries: dict[int, tuple[bytes, str]] = {}  # block -> (hash, version)
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def evictable(self) -> int:
+        return len(self._evictable)
+
+    @property
+    def blocks(self) -> list[int]:
+        return list(self._entries)
+
+    def match(self, salt: str, version: str, token_ids: Sequence[int]) -> tuple[list[int], bytes]:
+        """The known blocks that `token_ids` begins with, and the chain's hash at their end.
+
+        Never all of the tokens: the last one has to run to give logits.
+        """
+        size = self._block_size
+        parent = root_hash(salt, version)
+        found: list[int] = []
+        for index in range(max(len(token_ids) - 1, 0) // size):
+            key = block_hash(parent, token_ids[index * size : (index + 1) * size])
+            block = self._blocks.get(key)
+            if block is None:
+                break
+            found.append(block)
+            parent = key
+        return found, parent
+
+    def acquire(self, block: int) -> None:
+        """A sequence takes a reference on a known block."""
+        self._allocator.share(block)
+        self._evictable.pop(block, None)
+
+    def released(self, block: int) -> None:
+        """A sequence has dropped its reference on a block, known or not."""
+        if block in self._entries and self._allocator.references(block) == 1:
+            self._evictable[block] = None
+            self._evictable.move_to_end(block)
+
+    def insert(self, key: bytes, version: str, block: int) -> None:
+        """Enter a full block whose K/V has been computed; of two equal blocks the first stays the known one."""
+        if key in self._blocks or block in self._entries:
+            return
+        self._allocator.share(block)
+        self._blocks[key] = block
+        self._entries[block] = (key, version)
+
+    def evict(self, count: int) -> int:
+        """Free up to `count` unreferenced blocks, least recently used first; returns how many."""
+        freed = 0
+        while freed < count and self._evictable:
+            block, _ = self._evictable.popitem(last=False)
+            self._drop(block)
+            freed += 1
+        return freed
+
+    def clear(self, version: str | None = None) -> None:
+        """Forget every block of `version` (None: of all). Running sequences keep the blocks they hold."""
+        for block, (_, held) in list(self._entries.items()):
+            if version is None or held == version:
+                self._evictable.pop(block, None)
+                self._drop(block)
+
+    def _drop(self, block: int) -> None:
+        key, _ = self._entries.pop(block)
+        del self._blocks[key]
+        self._allocator.free(block)
+
+
+class BlockManager:
+    """Allocator and prefix cache behind one door: admit → (grow → commit)* → release."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self._allocator = BlockAllocator(num_blocks)
+        self.prefix_cache = PrefixCache(self._allocator, block_size)
+        # One sequence's hope to grow must not push all the others apart.
+        self._most_ahead = num_blocks // 16
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that `grow` can hand out, unreferenced cached ones included."""
+        return self._allocator.free_blocks + self.prefix_cache.evictable
+
+    def admit(
+        self,
+        token_ids: Sequence[int],
+        salt: str,
+        version: str,
+        *,
+        expected_tokens: int = 0,
+        reuse: bool = True,
+    ) -> SequenceBlocks:
+        """Begin a sequence: its known prefix is shared, nothing is allocated yet.
+
+        Args:
+            token_ids: prompt, and what was generated before a preemption.
+            version: adapter version digest, "" for the base model.
+            expected_tokens: how long the sequence may become, a hint for where to place it.
+            reuse: False runs every token (for log-probabilities of the prompt).
+        """
+        found, parent = self.prefix_cache.match(salt, version, token_ids) if reuse else ([], root_hash(salt, version))
+        for block in found:
+            self.prefix_cache.acquire(block)
+        cached = len(found) * self.block_size
+        return SequenceBlocks(self.block_size, found, cached, cached, expected_tokens, parent)
+
+    def blocks_wanted(self, sequence: SequenceBlocks, tokens: int) -> int:
+        """How many more blocks the sequence needs before it can compute `tokens` more tokens."""
+        return max(0, -(-(sequence.length + tokens) // self.block_size) - len(sequence.blocks))
+
+    def can_grow(self, sequence: SequenceBlocks, tokens: int) -> bool:
+        return self.blocks_wanted(sequence, tokens) <= self.free_blocks
+
+    def grow(self, sequence: SequenceBlocks, tokens: int) -> None:
+        """Give the sequence slots for `tokens` more tokens.
+
+        Raises:
+            OutOfBlocks: the sequence is as it was.
+        """
+        wanted = self.blocks_wanted(sequence, tokens)
+        if not wanted:
+            return
+        if wanted > self.free_blocks:
+            raise OutOfBlocks(wanted, self.free_blocks)
+        expected = -(-sequence.expected_tokens // self.block_size)
+        ahead = min(self._most_ahead, max(0, expected - len(sequence.blocks) - wanted))
+        # Evicting what the sequence will want soon, too, gives it a run to grow into.
+        target = wanted if sequence.blocks else wanted + ahead
+        self.prefix_cache.evict(target - self._allocator.free_blocks)
+        near = sequence.blocks[-1] if sequence.blocks else None
+        sequence.blocks += self._allocator.allocate(wanted, near, ahead)
+
+    def commit(self, sequence: SequenceBlocks, version: str, token_ids: Sequence[int]) -> None:
+        """The K/V of `token_ids`, the sequence's next tokens, has been written: count them, enter full blocks."""
+        if sequence.length + len(token_ids) > sequence.capacity:
+            raise ValueError(f"{len(token_ids)} tokens committed to a sequence with room for "
+                             f"{sequence.capacity - sequence.length}: call grow first")  # fmt: skip
+        size = self.block_size
+        sequence.pending += token_ids
+        sequence.length += len(token_ids)
+        done = 0
+        while len(sequence.pending) - done >= size:
+            full = sequence.pending[done : done + size]
+            done += size
+            sequence.parent = block_hash(sequence.parent, full)
+            index = (sequence.length - (len(sequence.pending) - done)) // size - 1
+            self.prefix_cache.insert(sequence.parent, version, sequence.blocks[index])
+        del sequence.pending[:done]
+
+    def release(self, sequence: SequenceBlocks) -> None:
+        """Give all blocks back; what the prefix cache knows stays readable until it is evicted. Idempotent."""
+        if sequence.blocks:
+            self._allocator.forget_ahead(sequence.blocks[-1])
+        # Tail first: the end of a prompt is worth less to others than its beginning.
+        for block in reversed(sequence.blocks):
+            self._allocator.free(block)
+            self.prefix_cache.released(block)
+        sequence.blocks.clear()
+        sequence.pending.clear()
+        sequence.length = 0
+
+    def check(self, live: Iterable[SequenceBlocks]) -> None:
+        """Raise RuntimeError unless every reference is accounted for by the `live` sequences and the cache."""
+        self._allocator.check([*(sequence.blocks for sequence in live), self.prefix_cache.blocks])

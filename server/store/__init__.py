@@ -1,0 +1,1 @@
+"""What must survive: the data directory and the database in it."""

@@ -1,0 +1,156 @@
+"""The packed forward: one row of tokens through the decoder layers, whatever its tokens are for.
+
+A `PackedPass` is made of parts, each a run of neighbouring rows that knows its adapters and what it attends to:
+generation rows over the paged K/V cache, training rows over their sweep's store. Base products see one matrix.
+Nothing here samples, plans or differentiates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from coserve.kernels.attention.training import MaskCache, Score, attention_forward
+from coserve.kernels.lora import LoraSegment
+from coserve.server.engine.model import BaseModel
+from coserve.server.engine.sweep import Sweep, pool_pair
+from coserve.server.training.peft.sites import Site
+
+
+class Part(Protocol):
+    """A run of rows [row, row + rows) of a packed pass."""
+
+    rows: int
+
+    def segments(self, site: Site, row: int) -> list[LoraSegment]: ...
+
+    def keep_input(self, layer: int, x: Tensor) -> None:
+        """x [rows, H], the input of `layer`."""
+
+    def keep_product(self, site: Site, product: Tensor) -> None:
+        """product [rows, out], before the adapters' terms."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
+        """q [Hq, rows, D], k, v [Hkv, rows, D] -> [rows, Hq, Dv]"""
+
+
+class PackedPass:
+    """Several parts in one pass, without gradients."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = [part for part in parts if part.rows]
+        starts = [0]
+        for part in self.parts:
+            starts.append(starts[-1] + part.rows)
+        self._placed = list(zip(self.parts, starts[:-1], starts[1:], strict=True))
+        self.rows = starts[-1]
+
+    def segments(self, site: Site) -> list[LoraSegment]:
+        return [segment for part, start, _ in self._placed for segment in part.segments(site, start)]
+
+    def stored(self, site: Site) -> Tensor | None:
+        return None
+
+    def keep(self, site: Site, product: Tensor) -> None:
+        for part, start, end in self._placed:
+            part.keep_product(site, product[start:end])
+
+    def keep_input(self, layer: int, x: Tensor) -> None:
+        for part, start, end in self._placed:
+            part.keep_input(layer, x[start:end])
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
+        outs = [
+            part.attend(layer, q[:, start:end], k[:, start:end], v[:, start:end], score, sinks)
+            for part, start, end in self._placed
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+class SweepPart:
+    """Stream rows [start, end) of a sweep going forward."""
+
+    def __init__(self, sweep: Sweep, start: int, end: int) -> None:
+        self.sweep, self.start, self.end = sweep, start, end
+        self.rows = end - start
+        self._spans = sweep.spans(start, end)
+        self._masks = MaskCache(sweep.dtype, sweep.device)
+
+    def segments(self, site: Site, row: int) -> list[LoraSegment]:
+        return self.sweep.segments(site, self.start, self.end, pool_pair, row)
+
+    def keep_input(self, layer: int, x: Tensor) -> None:
+        self.sweep.keep_input(layer, self.start, x)
+
+    def keep_product(self, site: Site, product: Tensor) -> None:
+        if self.sweep.save and self.sweep.backward:
+            self.sweep.keep_product(site.layer, site, self.start, product)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
+        self.sweep.keep_kv(layer, self.start, k, v)
+        store = self.sweep.store[layer]
+        if store.k is None or store.v is None:
+            raise RuntimeError("keys were not kept")
+        pieces = []
+        for span in self._spans:
+            rows = slice(span.start - self.start, span.end - self.start)
+            seen = slice(span.first, span.end)
+            mask = self._masks.get(span.start - span.first, span.end - span.start, score.sliding_window)
+            out, lse = attention_forward(q[:, rows], store.k[:, seen], store.v[:, seen], mask, score, sinks)
+            if self.sweep.save and self.sweep.backward:
+                self.sweep.keep_attention(layer, span.start, out, lse)
+            pieces.append(out.transpose(0, 1))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+@torch.no_grad()
+def run_packed(model: BaseModel, ids: Tensor, positions: Tensor, packed: PackedPass) -> Tensor:
+    """ids, positions int64 [T] -> output of the last layer [T, H]; every part has kept what it keeps."""
+    x, calls = model.frame.begin(ids, positions)
+    for layer, call in enumerate(calls):
+        packed.keep_input(layer, x[0])
+        x = model.run_layer(layer, x, call, packed)
+    return x[0]
+
+
+@torch.no_grad()
+def run_sweep_layers(model: BaseModel, sweep: Sweep, rows: int, layers: int) -> None:
+    """Take the sweep's next window, or its unfinished one, `layers` layers further, in a pass of its own.
+
+    `rows` is the size of a new window; an unfinished one keeps its own. The state between two layers is what the
+    sweep stores anyway: the input of the next layer.
+    """
+    start = sweep.forward_rows
+    fresh = sweep.partial_rows == 0
+    end = start + (rows if fresh else sweep.partial_rows)
+    part = SweepPart(sweep, start, end)
+    packed = PackedPass([part])
+    if fresh:
+        x, calls = model.frame.begin(sweep.ids[start:end], sweep.positions[start:end])
+        packed.keep_input(0, x[0])
+        first = 0
+    else:
+        first = sweep.partial_layer
+        kept = sweep.store[first].x
+        if kept is None:
+            raise RuntimeError("the unfinished window's layer input is gone")
+        x, calls = kept[start:end][None], model.frame.calls(sweep.positions[start:end])
+    last = min(first + layers, model.layer_count)
+    for layer in range(first, last):
+        x = model.run_layer(layer, x, calls[layer], packed)
+        if layer + 1 < model.layer_count:
+            packed.keep_input(layer + 1, x[0])
+    if last == model.layer_count:
+        finish_window(sweep, x[0])
+    else:
+        sweep.partial_rows, sweep.partial_layer = end - start, last
+
+
+def finish_window(sweep: Sweep, y: Tensor) -> None:
+    """y [T, H]: output of the last layer for the sweep's next T rows."""
+    sweep.keep_final(sweep.forward_rows, y)
+    sweep.forward_rows += y.shape[0]
+    sweep.partial_rows = sweep.partial_layer = 0

@@ -1,0 +1,175 @@
+"""The base model: transformers' modules with every linear layer made adapter-aware, driven layer by layer.
+
+One copy of the weights serves every pass, of generation and of training. A *pass* (see `Pass`) says what the
+rows of a layer call are: which adapter they use, what they attend to, what is kept of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from coserve.kernels.attention.training import Score
+from coserve.kernels.lora import LoraSegment, lora_add
+from coserve.server.engine.attention import UnsupportedModel
+from coserve.server.engine.frame import Frame, LayerCall
+from coserve.server.engine.product import FrozenProduct, packing_available
+from coserve.server.training.peft.sites import Site
+
+
+class Pass(Protocol):
+    """The rows of one layer call, as the modules inside the layer need to know them."""
+
+    def segments(self, site: Site) -> Sequence[LoraSegment]:
+        """The adapters of the rows at this linear layer."""
+
+    def stored(self, site: Site) -> Tensor | None:
+        """The frozen product of these rows, if it was kept by an earlier pass: [T, out]."""
+
+    def keep(self, site: Site, product: Tensor) -> None:
+        """Offered the frozen product [T, out], before the adapters' terms are added."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
+        """See `coserve.server.engine.attention.AttentionPass`."""
+
+
+class _Binding:
+    """Holds the pass of the layer call under way, for the linear layers that get no keyword arguments."""
+
+    def __init__(self) -> None:
+        self.current: Pass | None = None
+
+
+class AdapterLinear(nn.Module):
+    """A frozen linear layer to whose rows the pass's adapters are added."""
+
+    def __init__(self, product: FrozenProduct, site: Site, binding: _Binding) -> None:
+        super().__init__()
+        self.product, self.site, self._binding = product, site, binding
+        self.in_features, self.out_features = site.in_features, site.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in]; some modeling code looks at its dtype."""
+        return self.product.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, T, in] -> [1, T, out]"""
+        rows, current = x.reshape(-1, self.in_features), self._binding.current
+        if current is None:
+            raise RuntimeError(f"{self.site.name} was called outside of a pass")
+        y = self.product(rows, current.stored(self.site))
+        current.keep(self.site, y)
+        segments = current.segments(self.site)
+        if segments:
+            y = lora_add(y, rows, segments)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class FrozenLinear(nn.Module):
+    """A frozen linear layer without adapters: the language-model head."""
+
+    def __init__(self, product: FrozenProduct) -> None:
+        super().__init__()
+        self.product = product
+
+    @property
+    def weight(self) -> Tensor:
+        return self.product.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+
+class BaseModel:
+    """A causal LM of transformers, ready for packed passes.
+
+    Takes the model over: its linear layers are replaced in place. Raises UnsupportedModel, with the reason,
+    for structures that cannot be run exactly.
+    """
+
+    def __init__(self, model: nn.Module, *, training: bool = True) -> None:
+        self.hf = model.eval().requires_grad_(False)
+        self.config = model.config
+        self.base_name = model.base_model_prefix
+        base = getattr(model, self.base_name)
+        if not isinstance(getattr(base, "layers", None), nn.ModuleList):
+            raise UnsupportedModel("it has no list of decoder layers named `layers`")
+        self.layers: nn.ModuleList = base.layers
+        _refuse_dynamic_rope(self.config)
+        first = next(model.parameters())
+        self.dtype, self.device = first.dtype, first.device
+        self._binding = _Binding()
+        self.sites: tuple[Site, ...] = tuple(self._wrap_linears(training))
+        self._wrap_head(training)
+        self.frame = Frame(model, self.base_name, "layers")
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.hf.get_output_embeddings().weight.shape[0])
+
+    @property
+    def layer_count(self) -> int:
+        return len(self.layers)
+
+    def sites_of(self, layer: int) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.layer == layer)
+
+    def run_layer(self, layer: int, x: Tensor, call: LayerCall, current: Pass) -> Tensor:
+        """x [1, T, H] -> [1, T, H] through one decoder layer, for the rows of `current`."""
+        if self._binding.current is not None:
+            raise RuntimeError("a layer was called inside another layer's call")
+        self._binding.current = current
+        try:
+            out = self.layers[layer](x, *call.args, **call.kwargs, engine_ctx=current)
+        finally:
+            self._binding.current = None
+        self.frame.set_layer_output(out)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _wrap_linears(self, training: bool) -> list[Site]:
+        sites = []
+        for index, layer in enumerate(self.layers):
+            for name, parameter in layer.named_parameters():
+                if parameter.dim() > 2:
+                    raise UnsupportedModel(f"layer {index} holds its weights in a {parameter.dim()}-D tensor ({name})")
+            prefix = f"{self.base_name}.layers.{index}."
+            linears = [(name, m) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
+            for name, linear in linears:
+                site = Site(prefix + name, index, linear.in_features, linear.out_features)
+                wrapped = AdapterLinear(self._product(linear, training), site, self._binding)
+                layer.set_submodule(name, wrapped)
+                sites.append(site)
+        return sites
+
+    def _wrap_head(self, training: bool) -> None:
+        head = self.hf.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise UnsupportedModel("its output head is not a linear layer")
+        for name, module in self.hf.named_modules():
+            if module is head:
+                self.hf.set_submodule(name, FrozenLinear(self._product(head, training)))
+                return
+        raise UnsupportedModel("its output head is not one of its modules")
+
+    def _product(self, linear: nn.Linear, training: bool) -> FrozenProduct:
+        pack = packing_available(linear.weight.dtype, linear.weight.device)
+        return FrozenProduct(linear.weight, linear.bias, pack=pack, pack_transposed=pack and training)
+
+
+def _refuse_dynamic_rope(config: object) -> None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    for rope in nested:
+        kind = rope.get("rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            raise UnsupportedModel(
+                f"its rotary tables ({kind}) change with the longest position of a batch, "
+                "so a sequence's output would depend on what else is in it"
+            )

@@ -1,0 +1,284 @@
+"""One packed stream of training sequences on its way through forward, head and backward, and what is kept of it.
+
+The sequences of one optimizer step (of several jobs, if they are due together) are laid end to end. The forward
+goes through the stream from its first row to its last, in windows of any size; the head takes the rows that
+bear a label; the backward goes through every layer from the last row to the first. A window may hold several
+sequences, and a sequence may span many windows. What a `Sweep` stores is, per layer, the layer's input and the
+keys and values as attention sees them (policy "recompute"); policy "save" adds the frozen products and
+attention's output with its log-sum-exp. A layer's store is freed as soon as its backward is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coserve.kernels.dropout import RowKeys, dropout_rows
+from coserve.kernels.lora import LoraSegment
+from coserve.server.training.peft.sites import Site
+
+
+class TrainingAdapter(Protocol):
+    """The training copy of a job's adapter."""
+
+    def pair(self, site: Site) -> tuple[Tensor, Tensor, float] | None:
+        """(A [r, in], B [r, out], scaling) at the rounded weights, or None where the adapter has no term."""
+
+
+@dataclass(slots=True)
+class JobStep:
+    """One optimizer step (or evaluation) of one job, while its sequences are in sweeps."""
+
+    job_id: str
+    adapter: TrainingAdapter
+    loss_tokens: int  # label-bearing tokens of the whole step, fixed before its first head unit
+    dropout: float = 0.0
+    dropout_key: tuple[int, int] = (0, 0)  # (job seed, step)
+    grads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # site name -> (dA, dB), float32 or wider
+    loss_sum: float = 0.0  # sum of -log p over the labels seen so far
+    correct: int = 0  # labels that were the most likely token
+
+    def add_gradient(self, site: Site, da: Tensor, db: Tensor) -> None:
+        wide = torch.promote_types(da.dtype, torch.float32)
+        if site.name in self.grads:
+            for total, part in zip(self.grads[site.name], (da, db), strict=True):
+                total += part
+        else:
+            self.grads[site.name] = (da.to(wide), db.to(wide))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSequence:
+    """One training sequence before packing: aligned ids and labels, as in transformers (-100 bears no loss)."""
+
+    step: JobStep
+    input_ids: np.ndarray  # int [L]
+    labels: np.ndarray  # int [L]
+    number: int = 0  # its place in the step: part of the dropout key
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Stream rows [start, end) of one sequence that begins at row `first`."""
+
+    sequence: TrainSequence
+    first: int
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class LayerStore:
+    """What is kept of one layer; tensors span the whole stream."""
+
+    x: Tensor | None = None  # [N, H] input of the layer
+    k: Tensor | None = None  # [Hkv, N, D] after rotary embedding
+    v: Tensor | None = None  # [Hkv, N, Dv]
+    out: Tensor | None = None  # [Hq, N, Dv] attention's output (policy "save")
+    lse: Tensor | None = None  # [Hq, N]
+    products: dict[str, Tensor] = field(default_factory=dict)  # site name -> [N, out] (policy "save")
+
+
+class Sweep:
+    """The stream, its store and how far it has come. Units are carried out elsewhere; this only keeps the books."""
+
+    def __init__(
+        self, sequences: Sequence[TrainSequence], *, layers: int, dtype: torch.dtype, device: torch.device,
+        save: bool = False, backward: bool = True,
+    ) -> None:  # fmt: skip
+        self.layers, self.dtype, self.device, self.save, self.backward = layers, dtype, device, save, backward
+        self.sequences = sorted(sequences, key=lambda s: s.step.job_id)  # a job's rows are one LoRA segment
+        self._lay_out()
+        self.store = [LayerStore() for _ in range(layers)]
+        self.final: Tensor | None = None  # [label rows, H] output of the last layer
+        self.forward_rows = 0  # rows through all layers
+        self.partial_rows = 0  # rows of the window that stopped at a layer boundary …
+        self.partial_layer = 0  # … and the layer it goes on from
+        self.head_rows = 0  # label rows through the head
+        self.layer = layers - 1  # backward: current layer, -1 when done
+        self.undone = self.rows  # backward: rows [0, undone) of the current layer are still to do
+        self.dy: Tensor | None = None  # [N, H] gradient of the current layer's output; becomes that of its input
+        self.dk: Tensor | None = None  # [Hkv, N, D] complete for a window when the window is reached
+        self.dv: Tensor | None = None
+
+    def _lay_out(self) -> None:
+        starts = np.cumsum([0] + [len(s.input_ids) for s in self.sequences])
+        self.rows = int(starts[-1])
+        self.starts = [int(s) for s in starts[:-1]]
+        ids = np.concatenate([s.input_ids for s in self.sequences]) if self.sequences else np.zeros(0, np.int64)
+        positions = np.concatenate([np.arange(len(s.input_ids)) for s in self.sequences] or [np.zeros(0, np.int64)])
+        # Row t of a sequence predicts label t+1: shifted here, once, over whole sequences and never over windows.
+        targets = np.concatenate(
+            [np.append(np.asarray(s.labels)[1:], -100) for s in self.sequences] or [np.zeros(0, np.int64)]
+        )
+        owner = np.repeat(np.arange(len(self.sequences)), [len(s.input_ids) for s in self.sequences])
+        labelled = np.flatnonzero(targets != -100)
+        self.ids = torch.from_numpy(ids.astype(np.int64)).to(self.device)
+        self.positions = torch.from_numpy(positions.astype(np.int64)).to(self.device)
+        self.label_rows = labelled  # ascending stream rows that bear a label
+        self.label_targets = targets[labelled].astype(np.int64)
+        self.label_owner = owner[labelled]  # index into `sequences`
+
+    # ------------------------------------------------------------------ progress
+
+    @property
+    def steps(self) -> list[JobStep]:
+        """The job steps with rows in this stream, each once."""
+        return list({id(s.step): s.step for s in self.sequences}.values())
+
+    @property
+    def forward_done(self) -> bool:
+        return self.forward_rows >= self.rows
+
+    @property
+    def head_ready(self) -> int:
+        """Label rows that are through the forward and not yet through the head."""
+        return int(np.searchsorted(self.label_rows, self.forward_rows)) - self.head_rows
+
+    @property
+    def head_left(self) -> int:
+        return len(self.label_rows) - self.head_rows
+
+    @property
+    def done(self) -> bool:
+        through_head = self.forward_done and self.head_left == 0
+        return through_head and (not self.backward or self.layer < 0)
+
+    # ------------------------------------------------------------------ windows
+
+    def spans(self, start: int, end: int) -> list[Span]:
+        """The parts of the sequences that lie in stream rows [start, end)."""
+        found = []
+        first_index = int(np.searchsorted(self.starts, start, side="right")) - 1
+        for first, sequence in zip(self.starts[first_index:], self.sequences[first_index:], strict=True):
+            if first >= end:
+                break
+            found.append(Span(sequence, first, max(start, first), min(end, first + len(sequence.input_ids))))
+        return found
+
+    def segments(self, site: Site, start: int, end: int, pairs: PairSource, row: int = 0) -> list[LoraSegment]:
+        """The LoRA segments of stream rows [start, end) that stand from `row` on in a pass, one a job."""
+        segments: list[LoraSegment] = []
+        for steps_spans in _by_step(self.spans(start, end)):
+            step = steps_spans[0].sequence.step
+            pair = pairs(step, site)
+            if pair is None:
+                continue
+            a, b, scaling = pair
+            drop = None
+            if step.dropout and self.backward:
+                drop = _dropout_of(step, site, steps_spans)
+            first, last = steps_spans[0].start, steps_spans[-1].end
+            segments.append(LoraSegment(row + first - start, row + last - start, a, b, scaling, drop))
+        return segments
+
+    # ------------------------------------------------------------------ storing
+
+    def keep_input(self, layer: int, start: int, x: Tensor) -> None:
+        """x [T, H], input of `layer` for stream rows from `start` on; copied, so that the batch can be freed."""
+        store = self.store[layer]
+        if store.x is None:
+            store.x = x.new_empty(self.rows, x.shape[1])
+        store.x[start : start + x.shape[0]] = x
+
+    def keep_kv(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """k [Hkv, T, D], v [Hkv, T, Dv] for stream rows from `start` on."""
+        store = self.store[layer]
+        if store.k is None or store.v is None:
+            store.k = k.new_empty(k.shape[0], self.rows, k.shape[2])
+            store.v = v.new_empty(v.shape[0], self.rows, v.shape[2])
+        store.k[:, start : start + k.shape[1]] = k
+        store.v[:, start : start + v.shape[1]] = v
+
+    def keep_product(self, layer: int, site: Site, start: int, product: Tensor) -> None:
+        """product [T, out], the frozen product of stream rows from `start` on (policy "save")."""
+        products = self.store[layer].products
+        if site.name not in products:
+            products[site.name] = product.new_empty(self.rows, product.shape[1])
+        products[site.name][start : start + product.shape[0]] = product
+
+    def keep_attention(self, layer: int, start: int, out: Tensor, lse: Tensor) -> None:
+        """out [Hq, T, Dv], lse [Hq, T] of stream rows from `start` on (policy "save")."""
+        store = self.store[layer]
+        if store.out is None or store.lse is None:
+            store.out = out.new_empty(out.shape[0], self.rows, out.shape[2])
+            store.lse = lse.new_empty(lse.shape[0], self.rows)
+        store.out[:, start : start + out.shape[1]] = out
+        store.lse[:, start : start + lse.shape[1]] = lse
+
+    def keep_final(self, start: int, y: Tensor) -> None:
+        """y [T, H], output of the last layer for stream rows from `start` on; only rows with a label are kept."""
+        if self.final is None:
+            self.final = y.new_empty(len(self.label_rows), y.shape[1])
+        first, last = np.searchsorted(self.label_rows, (start, start + y.shape[0]))
+        rows = torch.from_numpy(self.label_rows[first:last] - start).to(self.device)
+        self.final[first:last] = y.index_select(0, rows)
+
+    def finish_layer(self) -> None:
+        """The current layer's backward is done: free its store, go on to the layer below."""
+        self.store[self.layer] = LayerStore()
+        self.dk = self.dv = None
+        self.layer -= 1
+        self.undone = self.rows
+        if self.layer < 0:
+            self.dy = None
+
+    # ------------------------------------------------------------------ leaving
+
+    def drop(self, job_id: str) -> None:
+        """Take a job's sequences out at a unit's border; the others' rows move together and lose nothing."""
+        keep = [i for i, s in enumerate(self.sequences) if s.step.job_id != job_id]
+        live = np.zeros(self.rows, dtype=bool)
+        for i in keep:
+            live[self.starts[i] : self.starts[i] + len(self.sequences[i].input_ids)] = True
+        labels_live = live[self.label_rows] if len(self.label_rows) else np.zeros(0, dtype=bool)
+        index = torch.from_numpy(np.flatnonzero(live)).to(self.device)
+        self.head_rows = int(labels_live[: self.head_rows].sum())
+        self.partial_rows = int(live[self.forward_rows : self.forward_rows + self.partial_rows].sum())
+        self.forward_rows = int(live[: self.forward_rows].sum())
+        self.undone = int(live[: self.undone].sum())
+        for store in self.store:
+            store.x = _rows(store.x, index, 0)
+            store.k, store.v = _rows(store.k, index, 1), _rows(store.v, index, 1)
+            store.out, store.lse = _rows(store.out, index, 1), _rows(store.lse, index, 1)
+            store.products = {name: p.index_select(0, index) for name, p in store.products.items()}
+        labels_index = torch.from_numpy(np.flatnonzero(labels_live)).to(self.device)
+        self.final, self.dy = _rows(self.final, labels_index, 0), _rows(self.dy, index, 0)
+        self.dk, self.dv = _rows(self.dk, index, 1), _rows(self.dv, index, 1)
+        self.sequences = [self.sequences[i] for i in keep]
+        self._lay_out()
+
+
+class PairSource(Protocol):
+    """Where a pass takes a job's (A, B, scaling) from: the pool's pages, or leaves with gradients on them."""
+
+    def __call__(self, step: JobStep, site: Site) -> tuple[Tensor, Tensor, float] | None: ...
+
+
+def pool_pair(step: JobStep, site: Site) -> tuple[Tensor, Tensor, float] | None:
+    """The pair as it lies in the adapter pool."""
+    return step.adapter.pair(site)
+
+
+def _by_step(spans: list[Span]) -> list[list[Span]]:
+    groups: list[list[Span]] = []
+    for span in spans:
+        if groups and groups[-1][0].sequence.step is span.sequence.step:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return groups
+
+
+def _rows(t: Tensor | None, index: Tensor, dim: int) -> Tensor | None:
+    return None if t is None else t.index_select(dim, index)
+
+
+def _dropout_of(step: JobStep, site: Site, spans: list[Span]) -> Callable[[Tensor], Tensor]:
+    keys = RowKeys.of([(s.sequence.number, s.start - s.first, s.end - s.start) for s in spans])
+    return lambda x: dropout_rows(x, step.dropout, step.dropout_key, site.name, keys)

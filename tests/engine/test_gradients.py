@@ -1,0 +1,100 @@
+"""Gradients of windowed training equal PEFT's full-sequence autograd, however the work is cut."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from float64 import float64_throughout
+from gradient_oracle import PeftOracle, engine_model, new_step, new_sweep, random_rows, run_sweep, worst_error
+
+ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "phi3", "granite", "cohere"]
+LENGTHS = [23, 1, 2, 70, 9]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check(architecture, dtype, bound, *, windows, save, layers=None, head=16, lengths=LENGTHS):
+    with float64_throughout() if dtype == torch.float64 else nullcontext():
+        oracle = PeftOracle(architecture, dtype, rank=5, seed=1)
+        model = engine_model(architecture, dtype)
+        rows = random_rows(lengths, 512, seed=2)
+        loss, reference = oracle.gradients(rows)
+        step = new_step("a", oracle, rows)
+        sweep = new_sweep(model, {"a": (step, rows)}, save=save)
+        run_sweep(model, sweep, windows, head, windows[::-1], layers)
+    assert abs(step.loss_sum / step.loss_tokens - loss) <= bound * abs(loss)
+    assert worst_error(step, reference) <= bound
+
+
+@pytest.mark.parametrize("save", [False, True], ids=["recompute", "save"])
+@pytest.mark.parametrize("window", [1, 7, 64, 1000])
+def test_every_window_in_float64(window, save):
+    check("llama", torch.float64, 1e-9, windows=[window], save=save)
+
+
+@pytest.mark.parametrize("save", [False, True], ids=["recompute", "save"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_in_float64(architecture, save):
+    check(architecture, torch.float64, 1e-9, windows=[10, 5, 15, 7], save=save)
+
+
+@pytest.mark.parametrize("save", [False, True], ids=["recompute", "save"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("window", [7, 64, 1000])
+def test_float32(architecture, window, save):
+    check(architecture, torch.float32, 1e-4, windows=[window], save=save)
+
+
+def test_soft_capped_attention_against_eager():
+    check("gemma2", torch.float64, 1e-9, windows=[9, 4], save=False)
+    check("gemma2", torch.float64, 1e-9, windows=[9, 4], save=True)
+
+
+def test_forward_in_layer_ranges():
+    check("gemma3_text", torch.float64, 1e-9, windows=[13], save=False, layers=1)
+    check("llama", torch.float64, 1e-9, windows=[13], save=True, layers=2)
+
+
+def test_a_row_of_ten_windows_and_single_head_rows():
+    check("qwen3", torch.float64, 1e-9, windows=[10], save=False, lengths=[100], head=1)
+
+
+def test_two_jobs_of_different_rank_and_a_third_that_leaves_midway():
+    with float64_throughout():
+        model = engine_model("llama", torch.float64)
+        oracles = {name: PeftOracle("llama", torch.float64, rank, seed=rank) for name, rank in
+                   [("a", 3), ("b", 17), ("c", 4)]}  # fmt: skip
+        rows = {name: random_rows([11, 30, 5], 512, seed=i) for i, name in enumerate(oracles)}
+        for leave_after in (1, 4, 9, 14):
+            steps = {name: (new_step(name, oracles[name], rows[name]), rows[name]) for name in oracles}
+            sweep = new_sweep(model, steps, save=leave_after % 2 == 0)
+            _run_until(model, sweep, units=leave_after)
+            sweep.drop("b")
+            _run_until(model, sweep, units=None)
+            for name in ("a", "c"):
+                _, reference = oracles[name].gradients(rows[name])
+                assert worst_error(steps[name][0], reference) <= 1e-9
+
+
+def _run_until(model, sweep, units):
+    """Carry out units of 16 rows until the sweep is done, or only so many of them."""
+    from coserve.server.engine.backward import run_backward_unit
+    from coserve.server.engine.forward import run_sweep_layers
+    from coserve.server.engine.head import run_head_unit
+
+    while not sweep.done and units != 0:
+        if not sweep.forward_done:
+            run_sweep_layers(model, sweep, min(16, sweep.rows - sweep.forward_rows), 2)
+        elif sweep.head_left:
+            run_head_unit(model, sweep, 8)
+        else:
+            run_backward_unit(model, sweep, 16)
+        units = None if units is None else units - 1

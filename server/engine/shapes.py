@@ -1,0 +1,46 @@
+"""What a model keeps a token in each layer's cache, read off one run of its layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coserve.kernels.attention.training import Score
+from coserve.kernels.lora import LoraSegment
+from coserve.server.engine.kv_cache import LayerShape
+from coserve.server.engine.model import BaseModel
+from coserve.server.training.peft.sites import Site
+
+
+class _ShapePass:
+    """A pass of one row whose attention reads only the row itself, and notes the shapes it was given."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+
+    def segments(self, site: Site) -> list[LoraSegment]:
+        return []
+
+    def stored(self, site: Site) -> Tensor | None:
+        return None
+
+    def keep(self, site: Site, product: Tensor) -> None:
+        return None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
+        self.shapes[layer] = LayerShape(k.shape[0], k.shape[2], v.shape[2])
+        return v.repeat_interleave(q.shape[0] // v.shape[0], 0).transpose(0, 1)
+
+
+@torch.no_grad()
+def layer_shapes(model: BaseModel) -> list[LayerShape]:
+    """One entry a layer; raises RuntimeError for a layer without attention of the usual kind."""
+    current = _ShapePass()
+    zero = torch.zeros(1, dtype=torch.int64, device=model.device)
+    x, calls = model.frame.begin(zero, zero)
+    for layer, call in enumerate(calls):
+        x = model.run_layer(layer, x, call, current)
+    missing = [layer for layer in range(model.layer_count) if layer not in current.shapes]
+    if missing:
+        raise RuntimeError(f"layers {missing} have no attention over keys and values")
+    return [current.shapes[layer] for layer in range(model.layer_count)]

@@ -6,6 +6,7 @@ window, so a plan keeps them a window; with two kinds of layers they are built t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class AttentionPlan:
         """The slots of the last `length` tokens: a slice where they are consecutive."""
         size, first = self._block_size, segment.context - length
         used = list(segment.blocks[first // size : -(-segment.context // size)])
-        if all(after - before == 1 for before, after in zip(used, used[1:], strict=False)):
+        if all(after - before == 1 for before, after in itertools.pairwise(used)):
             start = used[0] * size + first % size
             return slice(start, start + length)
         return self._index(_token_slots(used, size, first % size, length))

@@ -7,6 +7,7 @@ looks at counts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -163,7 +164,7 @@ class SequenceBlocks:
         used = self.blocks[: -(-length // self.block_size)]
         if not used or used[-1] - used[0] != len(used) - 1:
             return None if used else 0
-        if any(after - before != 1 for before, after in zip(used, used[1:], strict=False)):
+        if any(after - before != 1 for before, after in itertools.pairwise(used)):
             return None
         return used[0] * self.block_size
 
@@ -207,7 +208,7 @@ class KVCache:
         self.values[layer].index_copy_(0, slots, value.detach())
 
     def read(self, layer: int, sequence: SequenceBlocks, length: int) -> tuple[Tensor, Tensor]:
-        """Key [length, kv_heads, key_dim] and value of a sequence's first tokens: a view when its slots are consecutive."""
+        """Key [length, kv_heads, key_dim] and value of a sequence's first tokens; a view when they are consecutive."""
         keys, values = self.keys[layer], self.values[layer]
         start = sequence.run_start(length)
         if start is not None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from coserve.kernels.attention.plan import AttentionPlan, Segment
 from coserve.kernels.attention.reference import paged_attention
 

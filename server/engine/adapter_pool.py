@@ -1,0 +1,291 @@
+"""Low-rank adapters on the device: one flat tensor in pages of equal size, and who is resident in it.
+
+Every LoRA tensor, A as rank rows [r, in] and B as rank rows [r, out], lies row-major over its own list of
+pages; element (i, j) is element (i * width + j) % page_elements of page number (i * width + j) // page_elements
+of the list. One page size for all widths means that no shape fragments the pool, and a rank costs its own
+rows only. The pool never reads a disk and never waits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from coserve.server.engine.kv_cache import BlockAllocator
+
+
+class LowRank(Protocol):
+    """One adapter at one site: y += (x Aᵀ) B · scaling with a [r, in], b [r, out]."""
+
+    @property
+    def a(self) -> Tensor: ...
+    @property
+    def b(self) -> Tensor: ...
+    @property
+    def scaling(self) -> float: ...
+
+
+Weights = Mapping[str, LowRank]  # site name -> its pair
+
+
+class PoolFull(RuntimeError):
+    """The adapter does not fit now. `pages_available` counts what is free or could be evicted at once."""
+
+    def __init__(self, pages_wanted: int, pages_available: int, page_bytes: int) -> None:
+        super().__init__(
+            f"the adapter wants {pages_wanted} pages of {page_bytes} bytes, {pages_available} would fit now; "
+            "wait for adapters in use, or raise --adapter-memory"
+        )
+        self.pages_wanted = pages_wanted
+        self.pages_available = pages_available
+
+
+class AdapterInUse(RuntimeError):
+    """An adapter with requests in flight, or pinned by a training job, cannot be unloaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PagedTensor:
+    rows: int
+    width: int
+    pages: tuple[int, ...]
+    where: Tensor  # view [rows, width] of the pool where the pages are consecutive, else int64 page numbers
+    consecutive: bool
+
+
+@dataclass(slots=True)
+class _Resident:
+    sites: dict[str, tuple[_PagedTensor, _PagedTensor, float]]
+    pages: int
+    pinned: bool
+    in_flight: int = 0
+    retired: bool = False  # goes with its last request
+
+
+class AdapterPool:
+    """Serving copies under their version digest, training copies under a key of their job.
+
+    A serving copy has its scaling folded into B when it is loaded (one product a load instead of one a
+    token), so its `scaling` reads 1. A training copy keeps A and B as the optimizer knows them: pass
+    `fold_scaling=False`.
+    """
+
+    def __init__(
+        self, num_bytes: int, page_elements: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        """
+        Args:
+            num_bytes: size of the pool; rounded down to whole pages.
+            page_elements: elements of a page; `default_page_elements` gives the usual one.
+        """
+        self.page_elements = page_elements
+        self.page_bytes = page_elements * dtype.itemsize
+        self.num_pages = num_bytes // self.page_bytes
+        if self.num_pages < 1:
+            raise ValueError(f"{num_bytes} bytes hold no page of {self.page_bytes}: raise --adapter-memory")
+        self.dtype = dtype
+        # Free pages are zero, from here on and whenever one is given back.
+        self._flat = torch.zeros(self.num_pages * page_elements, dtype=dtype, device=device)
+        self._allocator = BlockAllocator(self.num_pages)
+        self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+
+    @property
+    def pages_free(self) -> int:
+        return self._allocator.free_blocks
+
+    @property
+    def bytes_used(self) -> int:
+        return (self.num_pages - self.pages_free) * self.page_bytes
+
+    @property
+    def pages_available(self) -> int:
+        """Pages that a load could get now: free ones, and those of idle adapters."""
+        return self.pages_free + sum(r.pages for r in self._residents.values() if _idle(r))
+
+    def pages_wanted(self, weights: Weights) -> int:
+        return sum(self._tensor_pages(pair.a) + self._tensor_pages(pair.b) for pair in weights.values())
+
+    def can_make_room(self, num_bytes: int) -> bool:
+        """Whether `num_bytes` of whole pages are free, or would be after evicting idle adapters."""
+        return -(-num_bytes // self.page_bytes) <= self.pages_available
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._residents
+
+    def resident(self) -> list[str]:
+        """Keys, least recently used first."""
+        return list(self._residents)
+
+    def load(self, key: str, weights: Weights, *, pinned: bool = False, fold_scaling: bool = True) -> None:
+        """Copy an adapter in, evicting idle ones as needed, least recently used first.
+
+        Loading a key that is resident does nothing: a version is immutable. All or nothing.
+
+        Raises:
+            PoolFull: it does not fit beside what is in use; nothing was evicted.
+            ValueError: a tensor is not [r, width], or A and B of a site differ in rank.
+        """
+        if key in self._residents:
+            self._residents.move_to_end(key)
+            return
+        for site, pair in weights.items():
+            if pair.a.dim() != 2 or pair.b.dim() != 2 or pair.a.shape[0] != pair.b.shape[0]:
+                raise ValueError(f"{site}: A {list(pair.a.shape)} and B {list(pair.b.shape)} are not [r, in], [r, out]")
+        wanted = self.pages_wanted(weights)
+        if wanted > self.pages_available:
+            raise PoolFull(wanted, self.pages_available, self.page_bytes)
+        self._evict_until(wanted)
+        sites = {}
+        for site, pair in weights.items():
+            b = pair.b.to(torch.promote_types(pair.b.dtype, torch.float32)) * pair.scaling if fold_scaling else pair.b
+            scaling = 1.0 if fold_scaling else pair.scaling
+            sites[site] = (self._store(pair.a), self._store(b), scaling)
+        self._residents[key] = _Resident(sites, wanted, pinned)
+
+    def acquire(self, key: str) -> None:
+        """One more request uses a resident adapter."""
+        self._residents[key].in_flight += 1
+        self._residents.move_to_end(key)
+
+    def release(self, key: str) -> None:
+        """One request fewer; a retired adapter goes with its last."""
+        resident = self._residents[key]
+        if resident.in_flight < 1:
+            raise ValueError(f"adapter {key} was released more often than acquired")
+        resident.in_flight -= 1
+        if resident.retired and not resident.in_flight and not resident.pinned:
+            self._drop(key)
+
+    def in_flight(self, key: str) -> int:
+        return self._residents[key].in_flight if key in self._residents else 0
+
+    def pin(self, key: str) -> None:
+        self._residents[key].pinned = True
+
+    def unpin(self, key: str) -> None:
+        resident = self._residents[key]
+        resident.pinned = False
+        if resident.retired and not resident.in_flight:
+            self._drop(key)
+
+    def unload(self, key: str) -> None:
+        """Give an adapter's pages back now; an unknown key is no error.
+
+        Raises:
+            AdapterInUse: it has requests in flight or is pinned.
+        """
+        resident = self._residents.get(key)
+        if resident is None:
+            return
+        if not _idle(resident):
+            reason = "pinned" if resident.pinned else f"used by {resident.in_flight} requests"
+            raise AdapterInUse(f"adapter {key} is {reason}")
+        self._drop(key)
+
+    def retire(self, key: str) -> bool:
+        """Unload now or, if it is in use, with its last request. True when it is gone already."""
+        resident = self._residents.get(key)
+        if resident is None:
+            return True
+        if _idle(resident):
+            self._drop(key)
+            return True
+        resident.retired = True
+        return False
+
+    def tensors(self, key: str, site: str) -> tuple[Tensor, Tensor, float] | None:
+        """(A [r, in], B [r, out], scaling) of a resident adapter, None where it has nothing at this site.
+
+        Views of the pool where the pages are consecutive, else gathered copies: read them, never write.
+        """
+        entry = self._residents[key].sites.get(site)
+        if entry is None:
+            return None
+        a, b, scaling = entry
+        return self._read(a), self._read(b), scaling
+
+    def rank(self, key: str, site: str) -> int:
+        entry = self._residents[key].sites.get(site)
+        return entry[0].rows if entry else 0
+
+    def sites(self, key: str) -> list[str]:
+        return list(self._residents[key].sites)
+
+    def overwrite(self, key: str, site: str, a: Tensor, b: Tensor) -> None:
+        """New values for a training copy, of the shapes it was loaded with."""
+        stored_a, stored_b, _ = self._residents[key].sites[site]
+        for name, stored, new in (("A", stored_a, a), ("B", stored_b, b)):
+            if tuple(new.shape) != (stored.rows, stored.width):
+                raise ValueError(f"{site}: {name} is {[stored.rows, stored.width]} in the pool, got {list(new.shape)}")
+        self._write(stored_a, a)
+        self._write(stored_b, b)
+
+    def check(self) -> None:
+        """Raise RuntimeError unless every page is accounted for and every free page is zero."""
+        held = [t.pages for r in self._residents.values() for a, b, _ in r.sites.values() for t in (a, b)]
+        self._allocator.check(held)
+        used = {page for pages in held for page in pages}
+        free = [page for page in range(self.num_pages) if page not in used]
+        if free and bool(self._flat.view(self.num_pages, -1)[free].any()):
+            raise RuntimeError("a free page of the adapter pool is not zero")
+
+    def _tensor_pages(self, tensor: Tensor) -> int:
+        return -(-tensor.numel() // self.page_elements)
+
+    def _evict_until(self, pages: int) -> None:
+        for key in [key for key, resident in self._residents.items() if _idle(resident)]:
+            if self.pages_free >= pages:
+                return
+            self._drop(key)
+
+    def _store(self, tensor: Tensor) -> _PagedTensor:
+        rows, width = tensor.shape
+        pages = self._allocator.allocate(self._tensor_pages(tensor))
+        consecutive = all(after - before == 1 for before, after in itertools.pairwise(pages))
+        if consecutive:
+            start = pages[0] * self.page_elements if pages else 0
+            where = self._flat[start : start + rows * width].view(rows, width)
+        else:
+            where = torch.tensor(pages, dtype=torch.int64, device=self._flat.device)
+        stored = _PagedTensor(rows, width, tuple(pages), where, consecutive)
+        self._write(stored, tensor)
+        return stored
+
+    def _write(self, stored: _PagedTensor, tensor: Tensor) -> None:
+        tensor = tensor.detach()
+        if stored.consecutive:
+            stored.where.copy_(tensor)
+            return
+        padded = self._flat.new_zeros(len(stored.pages) * self.page_elements)
+        padded[: tensor.numel()].copy_(tensor.reshape(-1))
+        self._flat.view(self.num_pages, -1)[stored.where] = padded.view(len(stored.pages), -1)
+
+    def _read(self, stored: _PagedTensor) -> Tensor:
+        if stored.consecutive:
+            return stored.where
+        gathered = self._flat.view(self.num_pages, -1).index_select(0, stored.where)
+        return gathered.view(-1)[: stored.rows * stored.width].view(stored.rows, stored.width)
+
+    def _drop(self, key: str) -> None:
+        resident = self._residents.pop(key)
+        by_page = self._flat.view(self.num_pages, -1)
+        for a, b, _ in resident.sites.values():
+            for stored in (a, b):
+                for page in stored.pages:
+                    by_page[page].zero_()
+                    self._allocator.free(page)
+
+
+def default_page_elements(hidden_size: int) -> int:
+    """A page holds 8 rank rows of the model's hidden size."""
+    return 8 * hidden_size
+
+
+def _idle(resident: _Resident) -> bool:
+    return resident.in_flight == 0 and not resident.pinned

@@ -33,6 +33,7 @@ class RequestState:
     ttft_deadline: float  # when the first token is due
     itl_deadline: float | None  # when the next token of a running stream is due; None before the first
     running: bool  # False: still in the waiting queue, holds no blocks
+    blocks_shared: int = 0  # of blocks_held, those that other requests hold too: a preemption would not free them
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class SchedulerState:
     now: float
     requests: tuple[RequestState, ...]  # running and waiting, in order of arrival
     sweeps: tuple[SweepState, ...]  # in order of creation
-    free_blocks: int
+    free_blocks: int  # cached blocks that nobody holds count as free
     block_size: int
     max_running: int
     max_adapters: int  # how many distinct adapters the pool can hold at once (a lower bound)
@@ -126,7 +127,9 @@ class Plan:
     rides: tuple[Ride, ...] = ()
     units: tuple[Unit, ...] = ()
     preempt: tuple[str, ...] = ()  # requests that give all their blocks back before the forward
-    predicted_seconds: float = 0.0
+    unservable: tuple[str, ...] = ()  # need more blocks than there are in all: to be ended with an error
+    predicted_seconds: float = 0.0  # mean of the latency model
+    upper_seconds: float = 0.0  # the upper estimate that was held against the budget
     budget_seconds: float = 0.0  # what the inter-token promise allowed this iteration
 
     @property

@@ -1,0 +1,39 @@
+"""What an operator may tell the scheduler: promises, sizes and the latency model's habits. Plain frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Seconds, tokens and shares that the policy works with.
+
+    Raises:
+        ValueError: a value is outside of its range.
+    """
+
+    itl_seconds: float = 0.25  # the inter-token promise: no planned iteration is longer while training could give way
+    max_chunk: int = 512  # prefill tokens of one iteration, all requests together
+    min_chunk: int = 16  # prefill tokens that run even over budget when a first token would otherwise be late
+    head_rows: int = 64  # label rows of one head unit
+    min_window: int = 8  # the smallest training window cut to fit beside inference
+    max_units: int = 256  # training units of one iteration
+    floor_share: float = 0.02  # share of time the oldest sweep of a priority gets even when the budget has no room
+    drain_after: float = 1.0  # seconds blocked by residency after which an adapter's oldest request claims a place
+    decode_reserve: float = 0.25  # free blocks a running request that admission leaves for growing streams
+    quantile: float = 0.95  # of recent measured/predicted ratios, which the upper estimate covers
+    forgetting: float = 0.98  # of the latency model: the weight that is left of an observation after the next one
+
+    def __post_init__(self) -> None:
+        for name in ("itl_seconds", "max_chunk", "min_chunk", "head_rows", "min_window", "max_units"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"scheduler setting {name} must be positive, got {getattr(self, name)}")
+        if not 0.0 <= self.floor_share < 1.0:
+            raise ValueError(f"scheduler setting floor_share must be in [0, 1), got {self.floor_share}")
+        if not 0.5 <= self.quantile < 1.0:
+            raise ValueError(f"scheduler setting quantile must be in [0.5, 1), got {self.quantile}")
+        if not 0.5 < self.forgetting <= 1.0:
+            raise ValueError(f"scheduler setting forgetting must be in (0.5, 1], got {self.forgetting}")
+        if self.min_chunk > self.max_chunk:
+            raise ValueError(f"min_chunk ({self.min_chunk}) must not exceed max_chunk ({self.max_chunk})")

@@ -1,0 +1,229 @@
+"""The vectors that the latency model is linear in: one a *part* of an iteration, all in one layout.
+
+A part is the packed forward, one training unit, or the iteration's own overhead; an iteration's vector is the sum of
+its parts'. Nothing here knows a second or a coefficient.
+
+Cost over rows is not linear (a product of 5 rows and one of 8 cost the same, one of 17 much more), so rows are written
+as fill levels of buckets: with knots k_0 < k_1 < …, entry i is (rows − k_i) / (k_i+1 − k_i) clipped to [0, 1], the last
+one unclipped. The model's coefficient of entry i is then the seconds of crossing bucket i: its cost curve is linear
+within a bucket, continuous between them and, with coefficients ≥ 0, never falls with rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coserve.scheduler.state import (
+    BackwardUnit,
+    HeadUnit,
+    Plan,
+    RequestState,
+    SchedulerState,
+    SweepState,
+    Unit,
+)
+
+Vector = NDArray[np.float64]
+
+ROW_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+HEAD_KNOTS = (1, 4, 16, 64, 256)
+UNIT_KNOTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+# One shared layout. Scales keep every entry near 1 for ordinary loads, so that one prior variance suits all.
+FORWARD = 0  # any row at all
+ROWS = FORWARD + 1  # buckets of packed rows
+LOGITS = ROWS + len(ROW_KNOTS) - 1  # any logit row, then buckets of logit rows
+DECODE = LOGITS + len(HEAD_KNOTS)  # any decode, context tokens read by decodes / 4096
+PREFILL = DECODE + 2  # any prefill, its attention products / 1e6
+RIDE = PREFILL + 2  # any training row, training rows / 128, their attention products / 1e6
+ADAPTERS = RIDE + 3  # distinct adapters in the forward / 8
+OVERHEAD = ADAPTERS + 1  # what an iteration costs outside of its parts
+HEAD = OVERHEAD + 1  # a head unit, then buckets of its rows
+BACKWARD = HEAD + len(HEAD_KNOTS)  # a backward unit, buckets of its rows, attention products / 1e6
+SLICE = BACKWARD + len(UNIT_KNOTS) + 1  # a forward unit; then, times its share of the depth: 1, buckets of its rows
+SIZE = SLICE + 1 + len(UNIT_KNOTS)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardLoad:
+    """What the packed forward carries, as far as its cost goes."""
+
+    decode_rows: int = 0
+    decode_context: int = 0  # sum over decodes of the tokens in the cache
+    prefill_rows: int = 0
+    prefill_work: int = 0  # sum over chunks of query × key products
+    ride_rows: int = 0
+    ride_work: int = 0
+    logit_rows: int = 0
+    adapters: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.decode_rows + self.prefill_rows + self.ride_rows
+
+    def with_prefill(self, rows: int, work: int, finished: int, adapters: int) -> ForwardLoad:
+        return replace(
+            self,
+            prefill_rows=self.prefill_rows + rows,
+            prefill_work=self.prefill_work + work,
+            logit_rows=self.logit_rows + finished,
+            adapters=self.adapters + adapters,
+        )
+
+    def with_ride(self, sweep: SweepState, rows: int) -> ForwardLoad:
+        return replace(
+            self,
+            ride_rows=self.ride_rows + rows,
+            ride_work=self.ride_work + attention_work(sweep.forward_tokens, rows),
+            adapters=self.adapters + len(sweep.jobs),
+        )
+
+
+def attention_work(before: int, rows: int) -> int:
+    """Query × key products of `rows` causal rows that come after `before` rows of the same stream."""
+    return rows * before + rows * (rows + 1) // 2
+
+
+def buckets(values: list[float], at: int, knots: Sequence[int], rows: int) -> None:
+    """Write the fill levels of `rows` at `values[at:]` (a list: filled entry by entry it is faster than an array)."""
+    last = len(knots) - 2
+    for i in range(last + 1):
+        low = knots[i]
+        if rows <= low:
+            return
+        fill = (rows - low) / (knots[i + 1] - low)
+        values[at + i] = fill if fill < 1.0 or i == last else 1.0
+
+
+def forward_vector(load: ForwardLoad) -> Vector:
+    """The packed forward's part; all zeros without rows."""
+    return np.array(_forward(load))
+
+
+def base_vector(load: ForwardLoad) -> Vector:
+    """The packed forward and the iteration's overhead."""
+    v = _forward(load)
+    v[OVERHEAD] = 1.0
+    return np.array(v)
+
+
+def _forward(load: ForwardLoad) -> list[float]:
+    v = [0.0] * SIZE
+    if load.rows:
+        v[FORWARD] = 1.0
+        buckets(v, ROWS, ROW_KNOTS, load.rows)
+    if load.logit_rows:
+        v[LOGITS] = 1.0
+        buckets(v, LOGITS + 1, HEAD_KNOTS, load.logit_rows)
+    if load.decode_rows:
+        v[DECODE] = 1.0
+        v[DECODE + 1] = load.decode_context / 4096.0
+    if load.prefill_rows:
+        v[PREFILL] = 1.0
+        v[PREFILL + 1] = load.prefill_work / 1e6
+    if load.ride_rows:
+        v[RIDE] = 1.0
+        v[RIDE + 1] = load.ride_rows / 128.0
+        v[RIDE + 2] = load.ride_work / 1e6
+    v[ADAPTERS] = load.adapters / 8.0
+    return v
+
+
+def overhead_vector() -> Vector:
+    v = np.zeros(SIZE)
+    v[OVERHEAD] = 1.0
+    return v
+
+
+def head_vector(rows: int) -> Vector:
+    v = [0.0] * SIZE
+    v[HEAD] = 1.0
+    buckets(v, HEAD + 1, HEAD_KNOTS, rows)
+    return np.array(v)
+
+
+def backward_vector(tokens: int, before: int) -> Vector:
+    """One layer's backward of `tokens` rows with `before` rows ahead of them in the stream."""
+    v = [0.0] * SIZE
+    v[BACKWARD] = 1.0
+    buckets(v, BACKWARD + 1, UNIT_KNOTS, tokens)
+    v[BACKWARD + len(UNIT_KNOTS)] = attention_work(before, tokens) / 1e6
+    return np.array(v)
+
+
+def slice_vector(tokens: int, depth: float) -> Vector:
+    """A forward unit of `tokens` rows over the share `depth` (0 … 1) of the layers."""
+    v = [0.0] * SIZE
+    v[SLICE + 1] = 1.0
+    buckets(v, SLICE + 2, UNIT_KNOTS, tokens)
+    for i in range(SLICE + 1, SIZE):
+        v[i] *= depth
+    v[SLICE] = 1.0
+    return np.array(v)
+
+
+def unit_vector(unit: Unit, sweep: SweepState, backward_before: int) -> Vector:
+    if isinstance(unit, HeadUnit):
+        return head_vector(unit.rows)
+    if isinstance(unit, BackwardUnit):
+        return backward_vector(unit.tokens, backward_before)
+    return slice_vector(unit.tokens, unit.layers / sweep.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFeatures:
+    """A plan's parts as vectors: the forward (None without rows), one a unit, and the iteration's overhead."""
+
+    forward: Vector | None
+    units: tuple[Vector, ...]
+    overhead: Vector
+
+    @property
+    def parts(self) -> tuple[Vector, ...]:
+        """What is predicted separately: forward and overhead together, then the units."""
+        base = self.overhead if self.forward is None else self.overhead + self.forward
+        return (base, *self.units)
+
+
+def plan_load(plan: Plan, requests: Mapping[str, RequestState], sweeps: Mapping[int, SweepState]) -> ForwardLoad:
+    """What `plan` puts into the packed forward.
+
+    Raises:
+        KeyError: the plan names a request or a sweep that the state does not have.
+    """
+    decodes = [requests[request_id] for request_id in plan.decodes]
+    chunks = [(requests[p.request_id], p.tokens) for p in plan.prefills]
+    adapters = {r.adapter for r in decodes} | {r.adapter for r, _ in chunks}
+    load = ForwardLoad(
+        decode_rows=len(decodes),
+        decode_context=sum(r.total_tokens for r in decodes),
+        prefill_rows=sum(tokens for _, tokens in chunks),
+        prefill_work=sum(attention_work(r.computed_tokens, tokens) for r, tokens in chunks),
+        logit_rows=len(decodes) + sum(r.computed_tokens + tokens >= r.total_tokens for r, tokens in chunks),
+        adapters=len(adapters - {None}),
+    )
+    for ride in plan.rides:
+        load = load.with_ride(sweeps[ride.sweep_id], ride.tokens)
+    return load
+
+
+def plan_features(plan: Plan, state: SchedulerState) -> PlanFeatures:
+    """The features of any plan that fits `state`, also of one that this scheduler did not make (calibration)."""
+    requests = {r.request_id: r for r in state.requests}
+    sweeps = {s.sweep_id: s for s in state.sweeps}
+    load = plan_load(plan, requests, sweeps)
+    done = {s.sweep_id: s.backward_tokens for s in state.sweeps}
+    units = []
+    for unit in plan.units:
+        sweep = sweeps[unit.sweep_id]
+        before = 0
+        if isinstance(unit, BackwardUnit):
+            at = done[unit.sweep_id] + unit.tokens
+            before = max(0, sweep.stream_tokens - at)
+            done[unit.sweep_id] = 0 if before == 0 else at
+        units.append(unit_vector(unit, sweep, before))
+    return PlanFeatures(forward_vector(load) if load.rows else None, tuple(units), overhead_vector())

@@ -1,0 +1,207 @@
+"""How long will this iteration take? A linear model over plan features, learned while serving.
+
+It may assume that observations come from one machine whose speed drifts; it never forgets what it learned about shapes
+that it has not seen for a while.
+
+    seconds(plan) = Σ over parts p of  θ · x_p        (overhead, packed forward, every unit)
+
+θ ≥ 0 is estimated by recursive least squares:
+
+    e = y − θ·x,   s = xᵀPx,   R = (ρ·max(θ·x, y))²        ρ: the recent relative spread
+    θ ← max(0, θ + Px·e / (s + R)),   P ← P − Px·xᵀP / (s + R)
+
+- *Forgetting is directional*: only the rows and columns of P that x excites are inflated (by 1/√λ each), and never over
+  their prior variance. Plain forgetting inflates everything, and a shape not seen for a minute would then be relearned
+  from one noisy sample.
+- *Outliers*: |e| is clipped at 3·√(s+R), so a stall of the machine moves θ a little. Three in a row on the same side
+  are no accident but a change of speed: they count in full, and P opens up where they were seen.
+- *Prior*: the relative costs of rows and units measured on a CPU, with a standard deviation of their own size. The
+  first observation sets the scale of all of them, so a machine a thousand times faster starts as well.
+- *Upper estimate*: factor · θ·x + √(xᵀPx), summed over parts; factor = (the configured quantile of the last 64
+  measured/predicted ratios) · boost. After an iteration longer than its upper estimate, boost grows by the same
+  ratio (at most 1.5x at once); it decays by a tenth an iteration. Sums of upper estimates are upper estimates, so a
+  planner may add units one at a time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from math import sqrt
+
+import numpy as np
+
+from coserve.scheduler import features as at
+from coserve.scheduler.features import PlanFeatures, Vector
+
+_SMALLEST_SPREAD = 0.02
+_LARGEST_FACTOR = 2.0
+_LARGEST_BOOST = 3.0
+
+
+class LatencyModel:
+    def __init__(self, quantile: float, forgetting: float) -> None:
+        self._quantile = quantile
+        self._growth = 1.0 / sqrt(forgetting)
+        self._theta = _prior()
+        deviation = self._theta + 0.02
+        self._prior_variance = deviation * deviation
+        self._covariance = np.diag(self._prior_variance)
+        self._scaled = False
+        self._spread = 0.1
+        self._ratios: deque[float] = deque([1.0, 1.2], maxlen=64)
+        self._factor = 1.2
+        self._boost = 1.0
+        self._run_of_outliers: dict[str, int] = {}
+        self.observations = 0
+
+    @property
+    def factor(self) -> float:
+        """What an upper estimate multiplies the mean by."""
+        return self._factor * self._boost
+
+    @property
+    def error(self) -> float:
+        """Median of |measured / predicted − 1| over the last 64 iterations."""
+        return float(np.median(np.abs(np.array(self._ratios) - 1.0)))
+
+    def part(self, x: Vector) -> tuple[float, float]:
+        """(mean, upper) seconds of one part."""
+        mean = float(x @ self._theta)
+        variance = float(x @ self._covariance @ x)
+        return mean, self.factor * mean + (sqrt(variance) if variance > 0.0 else 0.0)
+
+    def predict(self, features: PlanFeatures) -> tuple[float, float]:
+        """(mean, upper) seconds of a whole iteration."""
+        estimates = [self.part(x) for x in features.parts]
+        return sum(e[0] for e in estimates), sum(e[1] for e in estimates)
+
+    def observe(self, features: PlanFeatures, seconds: float, parts: Mapping[int | str, float] | None = None) -> None:
+        """Learn from one iteration.
+
+        Args:
+            seconds: of the whole iteration.
+            parts: seconds of single parts where they were measured: "forward", and the index of a unit in the plan.
+
+        Raises:
+            ValueError: a duration is negative or not finite.
+        """
+        for value in (seconds, *(parts or {}).values()):
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"a measured duration must be finite and not negative, got {value}")
+        if seconds == 0.0:
+            return
+        mean, upper = self.predict(features)
+        if not self._scaled:
+            self._rescale(seconds / mean)
+        else:
+            self._feed_back(mean, upper, seconds)
+        self.observations += 1
+        rest = self._learn_parts(features, seconds, dict(parts or {}))
+        if rest is not None:
+            x, y = rest
+            self._update("iteration", x, y)
+
+    def _learn_parts(
+        self, features: PlanFeatures, seconds: float, parts: dict[int | str, float]
+    ) -> tuple[Vector, float] | None:
+        """Learn every part that was timed on its own; what is left, with the overhead, is one more observation."""
+        rest = features.overhead.copy()
+        left = seconds
+        forward = parts.pop("forward", None)
+        if features.forward is not None:
+            if forward is None:
+                rest += features.forward
+            else:
+                left -= forward
+                self._update("forward", features.forward, forward)
+        # Units of one shape are one observation of their mean: a plan may hold hundreds of them.
+        shapes: dict[bytes, tuple[Vector, list[float]]] = {}
+        for index, x in enumerate(features.units):
+            measured = parts.pop(index, None)
+            if measured is None:
+                rest += x
+            else:
+                left -= measured
+                shapes.setdefault(x.tobytes(), (x, []))[1].append(measured)
+        if parts:
+            raise ValueError(f"seconds for parts that the plan does not have: {sorted(map(str, parts))}")
+        for x, measured_all in shapes.values():
+            kind = "head" if x[at.HEAD] else "backward" if x[at.BACKWARD] else "slice"
+            self._update(kind, x, float(np.median(measured_all)))
+        return rest, max(left, 0.0)
+
+    def _rescale(self, ratio: float) -> None:
+        self._scaled = True
+        self._theta *= ratio
+        self._prior_variance *= ratio * ratio
+        self._covariance *= ratio * ratio
+
+    def _feed_back(self, mean: float, upper: float, seconds: float) -> None:
+        ratio = seconds / mean if mean > 0.0 else _LARGEST_FACTOR
+        self._ratios.append(ratio)
+        self._factor = min(_LARGEST_FACTOR, max(1.0, float(np.quantile(np.array(self._ratios), self._quantile))))
+        if seconds > upper:
+            self._boost = min(_LARGEST_BOOST, self._boost * min(1.5, seconds / upper if upper > 0.0 else 1.5))
+        else:
+            self._boost = 1.0 + 0.9 * (self._boost - 1.0)
+
+    def _update(self, kind: str, x: Vector, y: float) -> None:
+        covariance = self._covariance
+        mean = float(x @ self._theta)
+        gain = covariance @ x
+        uncertainty = max(0.0, float(x @ gain))
+        noise = (self._spread * max(mean, y)) ** 2 + 1e-14
+        error = y - mean
+        limit = 3.0 * sqrt(uncertainty + noise)
+        excited = x != 0.0
+        if abs(error) > limit:
+            run = self._run_of_outliers.get(kind, 0)  # signed: how many in a row, and on which side
+            run = max(run, 0) + 1 if error > 0.0 else min(run, 0) - 1
+            self._run_of_outliers[kind] = run
+            if abs(run) < 3:
+                error = limit if error > 0.0 else -limit
+            else:
+                self._inflate(excited, 2.0)
+                gain = covariance @ x
+                uncertainty = max(0.0, float(x @ gain))
+        else:
+            self._run_of_outliers[kind] = 0
+            relative = abs(error) / max(mean, y, 1e-9)
+            self._spread = max(_SMALLEST_SPREAD, 0.98 * self._spread + 0.02 * 1.25 * relative)
+        total = uncertainty + noise
+        self._theta += gain * (error / total)
+        np.maximum(self._theta, 0.0, out=self._theta)
+        covariance -= np.outer(gain, gain) / total
+        self._inflate(excited, self._growth)
+
+    def _inflate(self, excited: Vector, growth: float) -> None:
+        """Scale the excited rows and columns of the covariance, none over its prior variance."""
+        diagonal = np.maximum(np.diagonal(self._covariance), 1e-18)
+        scale = np.where(excited, growth, 1.0)
+        scale = np.minimum(scale, np.sqrt(self._prior_variance / diagonal))
+        self._covariance *= scale[:, None]
+        self._covariance *= scale[None, :]
+
+
+def _prior() -> Vector:
+    """Relative costs before any measurement; one forward of a single row is about 0.1."""
+    theta = np.zeros(at.SIZE)
+    theta[at.FORWARD] = 0.08
+    rows = (0.01, 0.01, 0.03, 0.06, 0.04, 0.03, 0.07, 0.25, 0.5, 1.0, 2.0)
+    theta[at.ROWS : at.ROWS + len(rows)] = rows
+    head = (0.02, 0.02, 0.03, 0.08, 0.25)
+    theta[at.LOGITS : at.LOGITS + len(head)] = head
+    theta[at.DECODE : at.DECODE + 2] = (0.002, 0.02)
+    theta[at.PREFILL : at.PREFILL + 2] = (0.002, 0.05)
+    theta[at.RIDE : at.RIDE + 3] = (0.01, 0.01, 0.05)
+    theta[at.ADAPTERS] = 0.02
+    theta[at.OVERHEAD] = 0.002
+    theta[at.HEAD : at.HEAD + len(head)] = (0.08, 0.04, 0.08, 0.2, 0.6)
+    unit = (0.008, 0.002, 0.003, 0.005, 0.009, 0.017, 0.033, 0.066, 0.13)
+    theta[at.BACKWARD : at.BACKWARD + len(unit)] = unit
+    theta[at.BACKWARD + len(unit)] = 0.01
+    theta[at.SLICE] = 0.001
+    sliced = (0.08, 0.05, 0.06, 0.04, 0.03, 0.07, 0.25, 0.5, 1.0)
+    theta[at.SLICE + 1 : at.SLICE + 1 + len(sliced)] = sliced
+    return theta

@@ -1,0 +1,205 @@
+"""The scheduler: one object that plans iterations and learns from their durations.
+
+It may assume that states come in order of time and that a plan is carried out as it stands. It is a function of the
+calls made to it, with no clock, no I/O and no randomness: the same calls give the same plans.
+
+One plan, in this order:
+
+1. *Decodes and queue* (`admission`): all running decodes, then the prompts that memory, places and adapters allow.
+2. *Prompt chunks*: the largest total of prompt tokens whose predicted iteration stays inside the inter-token budget,
+
+       budget = min(itl_seconds, min over running streams of (itl_deadline − now))
+
+   at most `max_chunk`; without running streams nothing needs protection and the chunk is as large as it may be. When
+   nothing fits, `min_chunk` tokens run all the same if a first token would otherwise be late.
+3. *Training* (`training`) fills what is left of the budget, less what first tokens still need: a prompt that goes on
+   after this iteration is owed deadline − now − (its remaining iterations). In an iteration that no stream shares the
+   budget is one inter-token promise, because a request may arrive; a training unit larger than that still runs.
+
+"Predicted" is the latency model's upper estimate (`latency`); the plan tells both it and the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from coserve.scheduler.admission import Admission, AdmissionPolicy, Candidate
+from coserve.scheduler.config import SchedulerConfig
+from coserve.scheduler.features import (
+    ForwardLoad,
+    PlanFeatures,
+    attention_work,
+    forward_vector,
+    plan_features,
+    plan_load,
+)
+from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.state import Plan, Prefill, SchedulerState
+from coserve.scheduler.training import Costs, TrainingPolicy
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.model = LatencyModel(config.quantile, config.forgetting)
+        self._admission = AdmissionPolicy(config)
+        self._training = TrainingPolicy(config)
+
+    def plan(self, state: SchedulerState) -> Plan:
+        """The next iteration's work. Empty only if nothing can run now.
+
+        Requests in `preempt` give their blocks back first; those in `unservable` need more blocks than there are and
+        are to be ended with an error by the caller.
+        """
+        costs = Costs(self.model)
+        admission = self._admission.decide(state)
+        budget = self._budget(state, admission)
+        adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
+        decode_load = ForwardLoad(
+            decode_rows=len(admission.decodes),
+            decode_context=sum(r.total_tokens for r in admission.decodes),
+            logit_rows=len(admission.decodes),
+            adapters=len(adapters),
+        )
+        tokens = self._chunk(state.now, admission, decode_load, adapters, budget, costs)
+        load = _with_chunks(decode_load, admission.candidates, tokens, adapters)
+        slack = _first_token_slack(state.now, admission.candidates, tokens, costs.base(load)[1])
+        training = self._training.fill(state.sweeps, load, min(budget, slack), costs)
+        prefills = tuple(Prefill(c.request.request_id, n) for c, n in _cut(admission.candidates, tokens))
+        plan = Plan(
+            decodes=tuple(r.request_id for r in admission.decodes),
+            prefills=prefills,
+            rides=tuple(training.rides),
+            units=tuple(training.units),
+            preempt=admission.preempt,
+            unservable=admission.unservable,
+            budget_seconds=budget,
+        )
+        return plan if plan.empty else replace(plan, predicted_seconds=training.mean, upper_seconds=training.upper)
+
+    def observe(
+        self,
+        plan: Plan,
+        state: SchedulerState,
+        seconds: float,
+        parts: Mapping[int | str, float] | None = None,
+    ) -> None:
+        """Learn that `plan`, made for `state` (by this scheduler or for calibration), took `seconds`.
+
+        Args:
+            parts: seconds of the parts that were timed on their own: "forward" for the packed forward, and a unit's
+                index in `plan.units`. Parts left out are learned from the rest of the iteration.
+
+        Raises:
+            KeyError: the plan names something that the state does not have.
+            ValueError: a duration is negative or not finite, or a part is not of this plan.
+        """
+        if plan.empty:
+            return
+        features = plan_features(plan, state)
+        trained = self._trained_seconds(plan, state, features, seconds)
+        self.model.observe(features, seconds, parts)
+        self._training.settle(state.sweeps, seconds, trained)
+
+    def _budget(self, state: SchedulerState, admission: Admission) -> float:
+        budget = self.config.itl_seconds
+        for r in admission.decodes:
+            if r.itl_deadline is not None:
+                budget = min(budget, r.itl_deadline - state.now)
+        return budget
+
+    def _chunk(
+        self,
+        now: float,
+        admission: Admission,
+        decodes: ForwardLoad,
+        adapters: set[str],
+        budget: float,
+        costs: Costs,
+    ) -> int:
+        """Prompt tokens of this iteration, all candidates together."""
+        candidates = admission.candidates
+        total = min(self.config.max_chunk, sum(c.tokens for c in candidates))
+        if total == 0 or not admission.decodes:
+            return total
+
+        def fits(tokens: int) -> bool:
+            return costs.base(_with_chunks(decodes, candidates, tokens, adapters))[1] <= budget
+
+        least = min(self.config.min_chunk, total)
+        if budget > 0.0:
+            if fits(total):
+                return total
+            size, above = total // 2, total
+            while size >= least:
+                if fits(size):
+                    middle = (size + above) // 2
+                    return middle if fits(middle) else size
+                size, above = size // 2, size
+            if fits(least):
+                return least
+        seconds = costs.base(_with_chunks(decodes, candidates, least, adapters))[1]
+        ahead = 0
+        for c in candidates:
+            ahead += c.request.total_tokens - c.request.computed_tokens
+            if now + -(-ahead // least) * seconds >= c.request.ttft_deadline:
+                return least
+        return 0
+
+    def _trained_seconds(
+        self, plan: Plan, state: SchedulerState, features: PlanFeatures, seconds: float
+    ) -> dict[int, float]:
+        """The iteration's seconds that went to each sweep, by the model's shares; a ride pays what it added."""
+        trained: dict[int, float] = {}
+        for unit, x in zip(plan.units, features.units, strict=True):
+            trained[unit.sweep_id] = trained.get(unit.sweep_id, 0.0) + self.model.part(x)[0]
+        if plan.rides and features.forward is not None:
+            requests = {r.request_id: r for r in state.requests}
+            without = plan_load(replace(plan, rides=()), requests, {})
+            rest = self.model.part(forward_vector(without))[0] if without.rows else 0.0
+            extra = max(0.0, self.model.part(features.forward)[0] - rest)
+            rows = sum(r.tokens for r in plan.rides)
+            for ride in plan.rides:
+                trained[ride.sweep_id] = trained.get(ride.sweep_id, 0.0) + extra * ride.tokens / rows
+        mean = sum(self.model.part(x)[0] for x in features.parts)
+        return {k: v * seconds / mean for k, v in trained.items()} if mean > 0.0 else {}
+
+
+def _cut(candidates: tuple[Candidate, ...], tokens: int) -> list[tuple[Candidate, int]]:
+    """The first `tokens` tokens of the candidates' chunks, in order."""
+    cut = []
+    for c in candidates:
+        if tokens <= 0:
+            break
+        n = min(c.tokens, tokens)
+        cut.append((c, n))
+        tokens -= n
+    return cut
+
+
+def _with_chunks(
+    decodes: ForwardLoad, candidates: tuple[Candidate, ...], tokens: int, adapters: set[str]
+) -> ForwardLoad:
+    rows = work = finished = 0
+    more = set()
+    for c, n in _cut(candidates, tokens):
+        r = c.request
+        rows += n
+        work += attention_work(r.computed_tokens, n)
+        finished += r.computed_tokens + n >= r.total_tokens
+        if r.adapter is not None and r.adapter not in adapters:
+            more.add(r.adapter)
+    return decodes.with_prefill(rows, work, finished, len(more)) if rows else decodes
+
+
+def _first_token_slack(now: float, candidates: tuple[Candidate, ...], tokens: int, seconds: float) -> float:
+    """Seconds this iteration may last so that no first token of `candidates` is late: those that end in it are due at
+    its end, the others need (tokens ahead of them) / (tokens an iteration) more iterations of `seconds`."""
+    slack = float("inf")
+    ahead = -tokens
+    for c in candidates:
+        ahead += c.request.total_tokens - c.request.computed_tokens
+        more = -(-ahead // max(tokens, 1)) * seconds if ahead > 0 else 0.0
+        slack = min(slack, c.request.ttft_deadline - now - more)
+    return slack

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,17 +165,28 @@ def _argmax(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 
 
 def _relative(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """(logits - best) / temperature, at most 0, in a new tensor. NaN and -inf never win, +inf counts as the largest."""
+    """(logits - best) / temperature, at most 0, in a new tensor. NaN counts as -inf, +inf as the largest."""
     best = logits.amax(-1, keepdim=True)
     if not bool(best.isfinite().all()):
         logits = logits.nan_to_num(nan=-math.inf, posinf=torch.finfo(logits.dtype).max, neginf=-math.inf)
         best = logits.amax(-1, keepdim=True)
-        best = torch.where(best.isfinite(), best, 0.0)  # a row of nothing else
+        logits = torch.where(best.isfinite(), logits, 0.0)  # a row of nothing else: every token is as good
+        best = logits.amax(-1, keepdim=True)
     return (logits - best).div_(temperature)
 
 
 def _sample_plain(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """Temperature alone, on [R, V]: no sorting; a running sum over chunks, then inside one chunk."""
+    # On a CPU a row at a time stays in the cache (16 rows of 262,144: 6 against 18 ms); a GPU wants all at once.
+    at_once = 1 if logits.device.type == "cpu" else len(rows)
+    return [
+        token
+        for start in range(0, len(rows), at_once)
+        for token in _sample_by_chunks(logits[start : start + at_once], rows[start : start + at_once])
+    ]
+
+
+def _sample_by_chunks(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     temperatures = torch.tensor([row.params.temperature for row in rows], dtype=logits.dtype, device=logits.device)
     weights = _relative(logits, temperatures[:, None]).exp_()
     count, size = weights.shape
@@ -200,41 +212,54 @@ def _search_sums(running: Tensor, targets: Tensor) -> Tensor:
 
 def _sample_filtered(logits: Tensor, row: SamplingRow) -> int:
     """min-p, top-k and top-p on [V]; each keeps a set of the most likely tokens, ties in favour of lower ids."""
-    params = row.params
-    scores = _relative(logits, params.temperature)
-    candidates = _candidates(scores, params)
-    kept = scores[candidates].double()
-    ordered, order = torch.sort(kept, descending=True, stable=True)
-    count = ordered.shape[0]
-    if params.top_k > 0:
-        count = min(count, params.top_k)
-    if params.top_p < 1.0:
-        weights = ordered[:count].exp()
-        running = weights.cumsum(0)
-        # With neither min-p nor top-k the mass is that of the whole vocabulary, left-out tokens included.
-        whole = running[-1] if params.top_k > 0 or params.min_p > 0 else scores.exp().sum(dtype=torch.float64)
-        count = min(count, int(torch.searchsorted(running, params.top_p * whole)) + 1)
-    chosen = order[:count].sort().values
-    running = kept[chosen].exp().cumsum(0)[None]
+    scores = _relative(logits, row.params.temperature)
+    kept = _kept_ids(scores, row.params)
+    running = scores[kept].double().exp_().cumsum(0)[None]
     found = _search_sums(running, _uniform(row) * running[:, -1:])
-    return int(candidates[chosen[found[0, 0]]])
+    return int(kept[found[0, 0]])
 
 
-def _candidates(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Ids, ascending, of a set that holds every token the filters keep, small enough to sort.
+def _kept_ids(scores: Tensor, params: SamplingParams) -> Tensor:
+    """The ids that the filters keep, ascending.
 
-    All tokens below probability (1 - top_p) / V together weigh less than 1 - top_p, so the nucleus needs none.
+    Every filter keeps the first so many in order of score, so all three come down to one count, and the ids
+    follow from the score at that place: values are sorted, never ids with them (0.6 against 20 ms at 262,144).
     """
     size = scores.shape[0]
-    floor = -math.inf
-    if params.min_p > 0:
-        floor = math.log(params.min_p)
-    elif params.top_p < 1.0 and not params.top_k:
-        floor = math.log((1.0 - params.top_p) / size) + float(torch.logsumexp(scores, 0)) - 1e-4
+    floor = math.log(params.min_p) if params.min_p > 0 else -math.inf
+    if params.top_k == 0 and params.top_p >= 1.0:
+        return (scores >= floor).nonzero()[:, 0]
+    whole: float | None = None
     if params.top_k > 0:
-        floor = max(floor, float(scores.topk(min(params.top_k, size)).values[-1]))
-    floor = min(floor, 0.0)
-    return (scores >= floor).nonzero()[:, 0]
+        ordered = scores.topk(min(params.top_k, size)).values
+        ordered = ordered[ordered >= floor]
+    else:
+        if params.top_p < 1.0 and not params.min_p:
+            whole = float(scores.exp().sum(dtype=torch.float64))
+            # What is left out weighs less than (1 - top_p) of the whole, so the nucleus needs none of it.
+            floor = math.log(max(1.0 - params.top_p, 1e-30) * whole / size) - 1e-3
+        ordered = _descending(scores[scores >= min(floor, 0.0)])
+    count = ordered.shape[0]
+    if params.top_p < 1.0 and count > 1:
+        running = ordered.double().exp_().cumsum(0)
+        target = params.top_p * (float(running[-1]) if whole is None else whole)
+        count = min(count, int(torch.searchsorted(running, target)) + 1)
+    last = ordered[count - 1]
+    kept = (scores >= last).nonzero()[:, 0]
+    surplus = kept.shape[0] - count
+    if surplus:  # equal scores at the border: the higher ids go
+        tied = (scores[kept] == last).nonzero()[:, 0]
+        stays = torch.ones_like(kept, dtype=torch.bool)
+        stays[tied[-surplus:]] = False
+        kept = kept[stays]
+    return kept
+
+
+def _descending(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        # numpy's vectorised sort of values alone is 35 times faster than torch's at 262,144.
+        return torch.from_numpy(np.sort(values.numpy())).flip(0)
+    return values.sort(descending=True).values
 
 
 def _uniform(row: SamplingRow) -> float:

@@ -140,12 +140,9 @@ class AdapterPool:
         wanted = self.pages_wanted(weights)
         if wanted > self.pages_available:
             raise PoolFull(wanted, self.pages_available, self.page_bytes)
+        values = {site: _as_stored(pair, fold_scaling) for site, pair in weights.items()}
         self._evict_until(wanted)
-        sites = {}
-        for site, pair in weights.items():
-            b = pair.b.to(torch.promote_types(pair.b.dtype, torch.float32)) * pair.scaling if fold_scaling else pair.b
-            scaling = 1.0 if fold_scaling else pair.scaling
-            sites[site] = (self._store(pair.a), self._store(b), scaling)
+        sites = {site: (self._store(a), self._store(b), scaling) for site, (a, b, scaling) in values.items()}
         self._residents[key] = _Resident(sites, wanted, pinned)
 
     def acquire(self, key: str) -> None:
@@ -285,6 +282,13 @@ class AdapterPool:
 def default_page_elements(hidden_size: int) -> int:
     """A page holds 8 rank rows of the model's hidden size."""
     return 8 * hidden_size
+
+
+def _as_stored(pair: LowRank, fold_scaling: bool) -> tuple[Tensor, Tensor, float]:
+    if not fold_scaling:
+        return pair.a, pair.b, pair.scaling
+    # In at least float32, so that B is rounded to the pool's dtype once.
+    return pair.a, pair.b.to(torch.promote_types(pair.b.dtype, torch.float32)) * pair.scaling, 1.0
 
 
 def _idle(resident: _Resident) -> bool:

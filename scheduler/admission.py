@@ -60,18 +60,42 @@ class AdmissionPolicy:
             prompts = [r for r in prompts if r.request_id not in preempted]
         chunks: list[Candidate] = []
         if not unservable:
-            chunks = self._chunks(state, prompts, alive, decodes, pool, unservable, closed=bool(preempted))
-        if not decodes and not chunks and not preempted and not unservable and alive:
-            _break_deadlock(alive, preempted, unservable)
+            chunks = self._chunks(state, prompts, alive, pool, unservable, closed=bool(preempted))
+        if not decodes and not chunks and not unservable and alive:
+            chunks = self._break_deadlock(state, prompts, alive, pool, preempted, unservable)
         decodes.sort(key=lambda r: r.arrived)
         return Admission(tuple(decodes), tuple(chunks), tuple(preempted), tuple(unservable))
+
+    def _break_deadlock(
+        self,
+        state: SchedulerState,
+        prompts: list[RequestState],
+        alive: list[RequestState],
+        pool: _Pool,
+        preempted: list[str],
+        unservable: list[str],
+    ) -> list[Candidate]:
+        """Only prompts are admitted, they hold all blocks and none can go on: the last ones step back for the first."""
+        if not any(r.adapter_ready for r in alive):
+            return []  # they wait for adapters, not for blocks
+        alone = len(alive) == 1
+        while len(alive) > 1:
+            victim = alive.pop()
+            preempted.append(victim.request_id)
+            pool.free += victim.blocks_held - victim.blocks_shared
+            prompts = [r for r in prompts if r is not victim]
+            chunks = self._chunks(state, prompts, alive, pool, unservable, closed=True)
+            if chunks:
+                return chunks
+        if alone:
+            unservable.append(alive[0].request_id)
+        return []
 
     def _chunks(
         self,
         state: SchedulerState,
         prompts: list[RequestState],
         alive: list[RequestState],
-        decodes: list[RequestState],
         pool: _Pool,
         unservable: list[str],
         closed: bool,
@@ -203,13 +227,3 @@ def _run_decodes(running: list[RequestState], pool: _Pool) -> tuple[list[Request
             unservable.append(r.request_id)
         # else: it waits one iteration; blocks that the victims shared with each other show as free in the next state
     return decodes, preempted, unservable
-
-
-def _break_deadlock(alive: list[RequestState], preempted: list[str], unservable: list[str]) -> None:
-    """Nothing runs although requests are admitted: only prompts hold blocks, and none is left."""
-    if any(not r.adapter_ready for r in alive):
-        return  # they wait for an adapter, not for blocks
-    if len(alive) > 1:
-        preempted.append(alive[-1].request_id)
-    else:
-        unservable.append(alive[0].request_id)

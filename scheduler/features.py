@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from coserve.scheduler.state import (
     BackwardUnit,
+    ForwardUnit,
     HeadUnit,
     Plan,
     RequestState,
@@ -86,6 +87,11 @@ class ForwardLoad:
 def attention_work(before: int, rows: int) -> int:
     """Query × key products of `rows` causal rows that come after `before` rows of the same stream."""
     return rows * before + rows * (rows + 1) // 2
+
+
+def coarse(before: int) -> int:
+    """Rows before a backward window, as far as its cost goes: attention's part is small beside the products'."""
+    return before - before % 256
 
 
 def buckets(values: list[float], at: int, knots: Sequence[int], rows: int) -> None:
@@ -218,6 +224,7 @@ def plan_features(plan: Plan, state: SchedulerState) -> PlanFeatures:
     load = plan_load(plan, requests, sweeps)
     done = {s.sweep_id: s.backward_tokens for s in state.sweeps}
     units = []
+    vectors: dict[tuple[object, ...], Vector] = {}  # a plan may hold hundreds of units, of a few shapes
     for unit in plan.units:
         sweep = sweeps[unit.sweep_id]
         before = 0
@@ -225,5 +232,10 @@ def plan_features(plan: Plan, state: SchedulerState) -> PlanFeatures:
             at = done[unit.sweep_id] + unit.tokens
             before = max(0, sweep.stream_tokens - at)
             done[unit.sweep_id] = 0 if before == 0 else at
-        units.append(unit_vector(unit, sweep, before))
+            before = coarse(before)
+        rows = unit.rows if isinstance(unit, HeadUnit) else unit.tokens
+        key = (type(unit), rows, before, (unit.layers, sweep.layers) if isinstance(unit, ForwardUnit) else None)
+        if key not in vectors:
+            vectors[key] = unit_vector(unit, sweep, before)
+        units.append(vectors[key])
     return PlanFeatures(forward_vector(load) if load.rows else None, tuple(units), overhead_vector())

@@ -7,8 +7,8 @@ that it has not seen for a while.
 
 θ ≥ 0 is estimated by recursive least squares:
 
-    e = y − θ·x,   s = xᵀPx,   R = (ρ·max(θ·x, y))²        ρ: the recent relative spread
-    θ ← max(0, θ + Px·e / (s + R)),   P ← P − Px·xᵀP / (s + R)
+    e = y − θ·x,   s = xᵀPx,   R = (ρ·max(θ·x, y))²        ρ: recent relative spread of such parts
+    θ ← θ + Px·e / (s + R), projected on θ ≥ 0,   P ← P − Px·xᵀP / (s + R)
 
 - *Forgetting is directional*: only the rows and columns of P that x excites are inflated (by 1/√λ each), and never over
   their prior variance. Plain forgetting inflates everything, and a shape not seen for a minute would then be relearned
@@ -16,7 +16,7 @@ that it has not seen for a while.
 - *Outliers*: |e| is clipped at 3·√(s+R), so a stall of the machine moves θ a little. Three in a row on the same side
   are no accident but a change of speed: they count in full, and P opens up where they were seen.
 - *Prior*: the relative costs of rows and units measured on a CPU, with a standard deviation of their own size. The
-  first observation sets the scale of all of them, so a machine a thousand times faster starts as well.
+  first observation sets the scale of all of them, the first one of a part on its own the scale of that kind of part.
 - *Upper estimate*: factor · θ·x + √(xᵀPx), summed over parts; factor = (the configured quantile of the last 64
   measured/predicted ratios) · boost. After an iteration longer than its upper estimate, boost grows by the same
   ratio (at most 1.5x at once); it decays by a tenth an iteration. Sums of upper estimates are upper estimates, so a
@@ -35,8 +35,17 @@ from coserve.scheduler import features as at
 from coserve.scheduler.features import PlanFeatures, Vector
 
 _SMALLEST_SPREAD = 0.02
+_SMALLEST_FACTOR = 1.02
+_DRIFT = 1e-5  # of the prior variance, an observation
 _LARGEST_FACTOR = 2.0
 _LARGEST_BOOST = 3.0
+_BLOCKS = {
+    "forward": slice(at.FORWARD, at.OVERHEAD),
+    "overhead": slice(at.OVERHEAD, at.HEAD),
+    "head": slice(at.HEAD, at.BACKWARD),
+    "backward": slice(at.BACKWARD, at.SLICE),
+    "slice": slice(at.SLICE, at.SIZE),
+}
 
 
 class LatencyModel:
@@ -47,8 +56,9 @@ class LatencyModel:
         deviation = self._theta + 0.02
         self._prior_variance = deviation * deviation
         self._covariance = np.diag(self._prior_variance)
-        self._scaled = False
-        self._spread = 0.1
+        self._scaled: set[str] = set()
+        self._spread: dict[str, float] = {}
+        self._last_relative: dict[str, float] = {}
         self._ratios: deque[float] = deque([1.0, 1.2], maxlen=64)
         self._factor = 1.2
         self._boost = 1.0
@@ -73,8 +83,19 @@ class LatencyModel:
 
     def predict(self, features: PlanFeatures) -> tuple[float, float]:
         """(mean, upper) seconds of a whole iteration."""
-        estimates = [self.part(x) for x in features.parts]
+        estimates = self.parts(features)
         return sum(e[0] for e in estimates), sum(e[1] for e in estimates)
+
+    def parts(self, features: PlanFeatures) -> list[tuple[float, float]]:
+        """(mean, upper) of every entry of `features.parts`; units that share a vector are asked once."""
+        known: dict[int, tuple[float, float]] = {}
+        estimates = []
+        for x in features.parts:
+            estimate = known.get(id(x))
+            if estimate is None:
+                estimate = known[id(x)] = self.part(x)
+            estimates.append(estimate)
+        return estimates
 
     def observe(self, features: PlanFeatures, seconds: float, parts: Mapping[int | str, float] | None = None) -> None:
         """Learn from one iteration.
@@ -91,20 +112,14 @@ class LatencyModel:
                 raise ValueError(f"a measured duration must be finite and not negative, got {value}")
         if seconds == 0.0:
             return
-        mean, upper = self.predict(features)
-        if not self._scaled:
-            self._rescale(seconds / mean)
+        if self.observations == 0:
+            self._rescale(slice(0, at.SIZE), seconds / self.predict(features)[0])
         else:
-            self._feed_back(mean, upper, seconds)
+            self._feed_back(*self.predict(features), seconds)
         self.observations += 1
-        rest = self._learn_parts(features, seconds, dict(parts or {}))
-        if rest is not None:
-            x, y = rest
-            self._update("iteration", x, y)
+        self._learn(features, seconds, dict(parts or {}))
 
-    def _learn_parts(
-        self, features: PlanFeatures, seconds: float, parts: dict[int | str, float]
-    ) -> tuple[Vector, float] | None:
+    def _learn(self, features: PlanFeatures, seconds: float, parts: dict[int | str, float]) -> None:
         """Learn every part that was timed on its own; what is left, with the overhead, is one more observation."""
         rest = features.overhead.copy()
         left = seconds
@@ -116,42 +131,49 @@ class LatencyModel:
                 left -= forward
                 self._update("forward", features.forward, forward)
         # Units of one shape are one observation of their mean: a plan may hold hundreds of them.
-        shapes: dict[bytes, tuple[Vector, list[float]]] = {}
+        shapes: dict[int, tuple[Vector, list[float]]] = {}
         for index, x in enumerate(features.units):
             measured = parts.pop(index, None)
             if measured is None:
                 rest += x
             else:
                 left -= measured
-                shapes.setdefault(x.tobytes(), (x, []))[1].append(measured)
+                shapes.setdefault(id(x), (x, []))[1].append(measured)
         if parts:
             raise ValueError(f"seconds for parts that the plan does not have: {sorted(map(str, parts))}")
         for x, measured_all in shapes.values():
             kind = "head" if x[at.HEAD] else "backward" if x[at.BACKWARD] else "slice"
             self._update(kind, x, float(np.median(measured_all)))
-        return rest, max(left, 0.0)
+        rest_is_overhead = rest.sum() == features.overhead.sum()
+        self._update("overhead" if rest_is_overhead else "iteration", rest, max(left, 0.0))
 
-    def _rescale(self, ratio: float) -> None:
-        self._scaled = True
-        self._theta *= ratio
-        self._prior_variance *= ratio * ratio
-        self._covariance *= ratio * ratio
+    def _rescale(self, block: slice, ratio: float) -> None:
+        self._theta[block] *= ratio
+        self._prior_variance[block] *= ratio * ratio
+        self._covariance[block, :] *= ratio
+        self._covariance[:, block] *= ratio
 
     def _feed_back(self, mean: float, upper: float, seconds: float) -> None:
         ratio = seconds / mean if mean > 0.0 else _LARGEST_FACTOR
         self._ratios.append(ratio)
-        self._factor = min(_LARGEST_FACTOR, max(1.0, float(np.quantile(np.array(self._ratios), self._quantile))))
+        self._factor = min(
+            _LARGEST_FACTOR, max(_SMALLEST_FACTOR, float(np.quantile(np.array(self._ratios), self._quantile)))
+        )
         if seconds > upper:
             self._boost = min(_LARGEST_BOOST, self._boost * min(1.5, seconds / upper if upper > 0.0 else 1.5))
         else:
             self._boost = 1.0 + 0.9 * (self._boost - 1.0)
 
     def _update(self, kind: str, x: Vector, y: float) -> None:
+        if kind in _BLOCKS and kind not in self._scaled and y > 0.0:
+            self._scaled.add(kind)
+            self._rescale(_BLOCKS[kind], y / max(float(x @ self._theta), 1e-9))
         covariance = self._covariance
         mean = float(x @ self._theta)
         gain = covariance @ x
         uncertainty = max(0.0, float(x @ gain))
-        noise = (self._spread * max(mean, y)) ** 2 + 1e-14
+        spread = self._spread.get(kind, 0.1)
+        noise = (spread * max(mean, y)) ** 2 + 1e-14
         error = y - mean
         limit = 3.0 * sqrt(uncertainty + noise)
         excited = x != 0.0
@@ -167,19 +189,40 @@ class LatencyModel:
                 uncertainty = max(0.0, float(x @ gain))
         else:
             self._run_of_outliers[kind] = 0
-            relative = abs(error) / max(mean, y, 1e-9)
-            self._spread = max(_SMALLEST_SPREAD, 0.98 * self._spread + 0.02 * 1.25 * relative)
+            # The spread is that of successive residuals: a lasting bias is an error to correct, not noise to accept.
+            relative = error / max(mean, y, 1e-9)
+            change = abs(relative - self._last_relative.get(kind, relative))
+            self._last_relative[kind] = relative
+            self._spread[kind] = max(_SMALLEST_SPREAD, 0.98 * spread + 0.02 * 0.886 * change)
         total = uncertainty + noise
         self._theta += gain * (error / total)
-        np.maximum(self._theta, 0.0, out=self._theta)
         covariance -= np.outer(gain, gain) / total
+        # Rounding makes P a little asymmetric, and forgetting multiplies that without bound (seen after 1,500 updates).
+        covariance += covariance.T.copy()
+        covariance *= 0.5
+        self._project()
         self._inflate(excited, self._growth)
 
+    def _project(self) -> None:
+        """Bring θ back to θ ≥ 0 where P says it costs least: the other coefficients take over what a negative one
+        explained. Cutting it off alone would leave every prediction that used it too high, for ever."""
+        theta, covariance = self._theta, self._covariance
+        for _ in range(4 * at.SIZE):
+            i = int(np.argmin(theta))
+            if theta[i] >= 0.0:
+                return
+            if covariance[i, i] > 0.1 * _DRIFT * self._prior_variance[i]:
+                theta -= covariance[i] * (theta[i] / covariance[i, i])
+            theta[i] = 0.0
+        np.maximum(theta, 0.0, out=theta)
+
     def _inflate(self, excited: Vector, growth: float) -> None:
-        """Scale the excited rows and columns of the covariance, none over its prior variance."""
-        diagonal = np.maximum(np.diagonal(self._covariance), 1e-18)
+        """Scale the excited rows and columns of the covariance, none over its prior variance; and add a little to
+        their diagonal, which keeps it positive definite against rounding."""
+        diagonal = self._covariance.reshape(-1)[:: at.SIZE + 1]
+        diagonal += np.where(excited, _DRIFT * self._prior_variance, 0.0)
         scale = np.where(excited, growth, 1.0)
-        scale = np.minimum(scale, np.sqrt(self._prior_variance / diagonal))
+        scale = np.minimum(scale, np.sqrt(self._prior_variance / np.maximum(diagonal, 1e-9 * self._prior_variance)))
         self._covariance *= scale[:, None]
         self._covariance *= scale[None, :]
 

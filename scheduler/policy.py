@@ -152,8 +152,9 @@ class Scheduler:
     ) -> dict[int, float]:
         """The iteration's seconds that went to each sweep, by the model's shares; a ride pays what it added."""
         trained: dict[int, float] = {}
-        for unit, x in zip(plan.units, features.units, strict=True):
-            trained[unit.sweep_id] = trained.get(unit.sweep_id, 0.0) + self.model.part(x)[0]
+        means = [mean for mean, _ in self.model.parts(features)]
+        for unit, mean in zip(plan.units, means[1:], strict=True):
+            trained[unit.sweep_id] = trained.get(unit.sweep_id, 0.0) + mean
         if plan.rides and features.forward is not None:
             requests = {r.request_id: r for r in state.requests}
             without = plan_load(replace(plan, rides=()), requests, {})
@@ -162,8 +163,8 @@ class Scheduler:
             rows = sum(r.tokens for r in plan.rides)
             for ride in plan.rides:
                 trained[ride.sweep_id] = trained.get(ride.sweep_id, 0.0) + extra * ride.tokens / rows
-        mean = sum(self.model.part(x)[0] for x in features.parts)
-        return {k: v * seconds / mean for k, v in trained.items()} if mean > 0.0 else {}
+        whole = sum(means)
+        return {k: v * seconds / whole for k, v in trained.items()} if whole > 0.0 else {}
 
 
 def _cut(candidates: tuple[Candidate, ...], tokens: int) -> list[tuple[Candidate, int]]:

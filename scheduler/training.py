@@ -27,6 +27,7 @@ from coserve.scheduler.features import (
     Vector,
     backward_vector,
     base_vector,
+    coarse,
     head_vector,
     slice_vector,
 )
@@ -65,8 +66,8 @@ class Costs:
         return self._cost(("head", rows), lambda: head_vector(rows))
 
     def backward(self, tokens: int, before: int) -> Cost:
-        coarse = before - before % 256  # attention's part is small: do not ask anew for every window
-        return self._cost(("backward", tokens, coarse), lambda: backward_vector(tokens, coarse))
+        before = coarse(before)
+        return self._cost(("backward", tokens, before), lambda: backward_vector(tokens, before))
 
     def slice(self, tokens: int, layers: int, of: int) -> Cost:
         return self._cost(("slice", tokens, layers, of), lambda: slice_vector(tokens, layers / of))

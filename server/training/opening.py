@@ -1,0 +1,150 @@
+"""Opens what a job consists of: its order, rows, events, checkpoints, and weights to begin or go on with.
+
+Files may be missing, damaged or from another base model; the answer is then a JobError with a code, never half a job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from coserve.server.training.batches import BatchSource
+from coserve.server.training.checkpoint import CheckpointError, CheckpointState, CheckpointStore
+from coserve.server.training.dataset import DatasetError, TokenRows
+from coserve.server.training.events import EventLog
+from coserve.server.training.peft.folder import AdapterError, read_folder
+from coserve.server.training.peft.lora import LoraConfig, LoraWeights, cast_weights, init_lora
+from coserve.server.training.peft.patterns import PatternError
+from coserve.server.training.peft.sites import Site
+from coserve.server.training.spec import MAX_SPEC_BYTES, JobSpec, SpecError, parse_spec
+
+TERMINAL = ("finished", "failed", "cancelled")
+
+
+class JobError(Exception):
+    """The job cannot run; `code` is an error code of the HTTP API."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class JobOver(Exception):
+    """The job's events say that it has ended: there is nothing to run. `state` says how."""
+
+    def __init__(self, state: str) -> None:
+        super().__init__(f"the job is {state}")
+        self.state = state
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    spec: JobSpec
+    source: BatchSource
+    log: EventLog
+    store: CheckpointStore
+    config: LoraConfig
+    params: LoraWeights  # masters, on the device
+    optimizer: dict[str, torch.Tensor]  # empty at the beginning
+    progress: CheckpointState
+    announced: frozenset[int]  # steps whose checkpoint event stands and was not taken back
+    published: frozenset[int]
+    dropped: dict[int, str]  # damaged checkpoints that were removed: step -> why
+
+
+def open_parts(
+    data_dir: Path,
+    job_id: str,
+    sites: Sequence[Site],
+    base_digest: str,
+    device: torch.device | str,
+    compute_dtype: torch.dtype,
+    vocab_size: int | None,
+) -> Opened:
+    """Raises JobError, JobOver; OSError when the disk itself fails."""
+    folder = data_dir / "jobs" / job_id
+    if not folder.is_dir():
+        raise JobError("job_not_found", f"There is no folder for job {job_id}.")
+    log = EventLog(folder / "events.jsonl")
+    try:
+        if log.last is not None and log.last["kind"] in TERMINAL:
+            raise JobOver(log.last["kind"])
+        spec, source = _read_order(folder, job_id, base_digest, vocab_size)
+        store = CheckpointStore(folder / "checkpoints")
+        announced: set[int] = set()
+        published: set[int] = set()
+        for record in log.records():
+            if record["kind"] == "checkpoint":
+                announced.add(record["data"]["step"])
+            elif record["kind"] == "pruned":
+                announced.discard(record["data"]["step"])
+            elif record["kind"] == "published":
+                published.add(record["data"]["step"])
+        dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
+        dropped: dict[int, str] = {}
+        for step in reversed(store.steps()):
+            if not store.resumable(step):
+                break  # older ones keep weights only
+            try:
+                found = store.read(step, sites, base_digest)
+            except CheckpointError as error:
+                dropped[step] = str(error)
+                store.remove(step)
+                continue
+            params = cast_weights(found.weights, device, dtype)
+            return Opened(spec, source, log, store, found.config, params, found.optimizer, found.state,
+                          frozenset(announced), frozenset(published), dropped)  # fmt: skip
+        for step in store.steps():  # later than where the job begins again: they would be in its way
+            dropped[step] = "it has no optimizer state and no later checkpoint is left"
+            store.remove(step)
+        config, weights = _initial(data_dir, spec, sites, base_digest)
+        start = CheckpointState(step=0, digest="", optimizer_digest="", trained_tokens=0)
+        return Opened(spec, source, log, store, config, cast_weights(weights, device, dtype), {}, start,
+                      frozenset(announced), frozenset(published), dropped)  # fmt: skip
+    except BaseException:
+        log.close()
+        raise
+
+
+def _read_order(folder: Path, job_id: str, base_digest: str, vocab_size: int | None) -> tuple[JobSpec, BatchSource]:
+    try:
+        with open(folder / "spec.json", "rb") as file:
+            spec = parse_spec(file.read(MAX_SPEC_BYTES + 1))
+    except (OSError, SpecError) as error:
+        raise JobError("invalid_job", f"The job's spec.json cannot be used: {error}") from error
+    if spec.job_id != job_id:
+        raise JobError("invalid_job", f"The job's spec.json is that of job {spec.job_id}.")
+    if spec.base_digest != base_digest:
+        raise JobError("base_model_mismatch", "The job was made for another base model than the one being served.")
+    try:
+        train = TokenRows(folder / "tokens" / "train.safetensors", vocab_size)
+        valid = TokenRows(folder / "tokens" / "valid.safetensors", vocab_size) if spec.has_validation else None
+    except DatasetError as error:
+        raise JobError("invalid_training_file", f"The job's tokens cannot be used: {error}") from error
+    return spec, BatchSource(spec, train, valid)
+
+
+def _initial(data_dir: Path, spec: JobSpec, sites: Sequence[Site], base_digest: str) -> tuple[LoraConfig, LoraWeights]:
+    """The adapter that the job starts from: another adapter's config and weights, or PEFT's initial values."""
+    if spec.adapter.init is not None:
+        try:
+            return read_folder(data_dir / spec.adapter.init, sites, base_digest)
+        except AdapterError as error:
+            raise JobError("adapter_invalid", f"The adapter to start from cannot be used: {error.message}") from error
+    config = LoraConfig(
+        r=spec.adapter.r,
+        alpha=spec.adapter.alpha,
+        dropout=spec.adapter.dropout,
+        target_modules=spec.adapter.target_modules,
+    )
+    try:
+        config = config.with_names(sites)
+        if not config.sites(sites):
+            raise JobError("unsupported_value", "target_modules matches no module of the base model.")
+    except PatternError as error:
+        raise JobError("unsupported_value", f"target_modules cannot be used: {error}") from error
+    return config, init_lora(sites, config, spec.seed)

@@ -38,7 +38,9 @@ class LoadedModel:
 def load_model(options: EngineOptions) -> LoadedModel:
     """Raises ModelRefused."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # the engine's standard error is a log
     folder = _folder(options.model)
     config_values = _read_config(folder)
     weights = _weight_files(folder)

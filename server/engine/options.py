@@ -66,3 +66,7 @@ class EngineOptions:
     def window(self) -> int:
         # Past 64 rows a CPU's products gain nothing more; a GPU wants longer ones.
         return self.train_window or (256 if self.torch_device().type == "cpu" else 1024)
+
+    def activation_bytes(self) -> int:
+        # A constant, not what is free now: how a step is cut must not change across a restart.
+        return 2048 * _MIB if self.torch_device().type == "cpu" else 16384 * _MIB

@@ -114,7 +114,7 @@ class _PlainLora:
         }
         self._handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.leaves]
 
-    def _hook(self, name: str):  # noqa: ANN202
+    def _hook(self, name: str):
         def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             a, b = self.leaves[name]
             return out + 0.5 * ((args[0] @ a.t()) @ b)

@@ -1,0 +1,128 @@
+"""Which adapter versions are in the pool, on their way to it, or wanted: residency over pool and loader.
+
+Generation requests name a version by digest; the book keeps the versions of the oldest requests resident as far as
+the pool's bytes allow, and never evicts one that a running request or a job is using. A version that is on
+disk is loaded beside the iterations; its requests wait, they do not fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from coserve.server.engine.adapter_loader import AdapterLoader
+from coserve.server.engine.adapter_pool import AdapterPool, Weights
+from coserve.server.training.peft.sites import Site
+from coserve.server.wire.messages import AdapterRef
+
+
+class ResidentAdapter:
+    """A version in the pool, as passes ask for it. One object a version, so that neighbouring rows share a product."""
+
+    def __init__(self, pool: AdapterPool, key: str) -> None:
+        self._pool, self._key = pool, key
+        self.pair = self._pair  # one bound method for all, compared by identity
+
+    def _pair(self, site: Site) -> tuple[Tensor, Tensor, float] | None:
+        return self._pool.tensors(self._key, site.name)
+
+
+class AdapterBook:
+    """Adapters of generation requests, by digest."""
+
+    def __init__(self, pool: AdapterPool, loader: AdapterLoader, data_dir: Path) -> None:
+        self.pool, self._loader, self._data_dir = pool, loader, data_dir
+        self._resident: dict[str, ResidentAdapter] = {}
+        self._arrived: dict[str, Weights] = {}  # read from disk, waiting for room
+        self._reserved: set[str] = set()
+
+    def ready(self, ref: AdapterRef | None) -> bool:
+        return ref is None or ref.digest in self.pool
+
+    def handle(self, ref: AdapterRef) -> ResidentAdapter:
+        if ref.digest not in self._resident:
+            self._resident[ref.digest] = ResidentAdapter(self.pool, ref.digest)
+        return self._resident[ref.digest]
+
+    def acquire(self, ref: AdapterRef) -> None:
+        self.pool.acquire(ref.digest)
+
+    def release(self, ref: AdapterRef) -> None:
+        self.pool.release(ref.digest)
+
+    def in_use(self, digest: str) -> bool:
+        return digest in self.pool and self.pool.in_flight(digest) > (digest in self._reserved)
+
+    def drop(self, digest: str) -> None:
+        """Forget a deleted version that nothing uses."""
+        if digest in self._reserved:
+            self._reserved.discard(digest)
+            self.pool.release(digest)
+        self.pool.retire(digest)
+        self._loader.forget(digest)
+        self._resident.pop(digest, None)
+        self._arrived.pop(digest, None)
+
+    def capacity(self) -> int:
+        """How many distinct versions the pool can certainly hold at once; what is resident tells their sizes."""
+        resident = max(1, len(self.pool.resident()))
+        used = self.pool.num_pages - self.pool.pages_free
+        return resident if not used else max(1, self.pool.num_pages * resident // used)
+
+    def tick(self, wanted: Iterable[AdapterRef]) -> dict[str, str]:
+        """Move loads along for the versions in `wanted`, oldest request first.
+
+        Returns the versions that cannot be served, digest -> reason.
+        """
+        failed: dict[str, str] = {}
+        for digest, image in self._loader.poll():
+            if isinstance(image, Exception):
+                failed[digest] = str(image)
+            else:
+                self._arrived[digest] = image
+        order: dict[str, AdapterRef] = {ref.digest: ref for ref in wanted}
+        keep: set[str] = set()
+        for digest, ref in order.items():
+            if digest in failed:
+                continue
+            if digest not in self.pool:
+                image = self._arrived.get(digest)
+                if image is None:
+                    self._loader.request(digest, self._data_dir / ref.path)
+                    continue
+                problem = too_large(image, self.pool)
+                if problem is not None:
+                    failed[digest] = problem
+                    del self._arrived[digest]
+                    continue
+                self._release_except(keep)
+                if self.pool.pages_wanted(image) > self.pool.pages_available:
+                    break  # the versions ahead of it in line come first
+                self.pool.load(digest, image)
+                del self._arrived[digest]
+            keep.add(digest)
+            if digest not in self._reserved:
+                self._reserved.add(digest)
+                self.pool.acquire(digest)
+        self._release_except(keep)
+        for digest in [d for d in self._arrived if d not in order]:
+            del self._arrived[digest]
+        return failed
+
+    def _release_except(self, keep: set[str]) -> None:
+        for digest in self._reserved - keep:
+            self.pool.release(digest)
+        self._reserved &= keep
+
+
+def too_large(weights: Weights, pool: AdapterPool) -> str | None:
+    """Why an adapter can never be resident, or None if it can."""
+    pages = pool.pages_wanted(weights)
+    if pages <= pool.num_pages:
+        return None
+    return (
+        f"the adapter needs {pages * pool.page_bytes} bytes of adapter memory and the server has "
+        f"{pool.num_pages * pool.page_bytes}; use a smaller rank, or start the server with a larger --adapter-memory"
+    )

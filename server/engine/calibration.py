@@ -1,0 +1,165 @@
+"""The first seconds of an engine: it times a few iterations of its own, so that the latency model knows the machine.
+
+The work is real (random tokens through the real runner), its results are thrown away. What is learned sets the
+automatic promises on a CPU and keeps the first minute's iterations inside them.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coserve.scheduler.policy import Scheduler
+from coserve.scheduler.state import (
+    BackwardUnit,
+    ForwardUnit,
+    HeadUnit,
+    Plan,
+    Prefill,
+    RequestState,
+    Ride,
+    SchedulerState,
+    SweepState,
+)
+from coserve.server.engine.model import BaseModel
+from coserve.server.engine.requests import Request, RequestBook
+from coserve.server.engine.runner import Runner
+from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
+from coserve.server.training.peft.sites import Site
+from coserve.server.wire.messages import Generate, SamplingParams
+
+_CONTEXT = 64
+_DECODES = (1, 2, 4, 8, 16)
+_STREAMS = 4  # the promise on a CPU is a multiple of the decode step at this many streams
+_WINDOWS = (16, 64, 256)
+_MOST_SECONDS = 8.0
+
+
+class _ThrowawayAdapter:
+    """Rank 16 at every site, of small random numbers."""
+
+    def __init__(self, model: BaseModel) -> None:
+        self._model, self._pairs = model, dict[str, tuple[Tensor, Tensor]]()
+
+    def pair(self, site: Site) -> tuple[Tensor, Tensor, float]:
+        if site.name not in self._pairs:
+            kind = {"dtype": self._model.dtype, "device": self._model.device}
+            a, b = torch.randn(16, site.in_features, **kind), torch.randn(16, site.out_features, **kind)  # type: ignore[arg-type]
+            self._pairs[site.name] = (a * 0.01, b * 0.01)
+        a, b = self._pairs[site.name]
+        return a, b, 1.0
+
+
+class Calibration:
+    """Runs once, before the engine is ready."""
+
+    def __init__(self, model: BaseModel, runner: Runner, requests: RequestBook, max_model_len: int) -> None:
+        self._model, self._runner, self._requests = model, runner, requests
+        self._context = max(2, min(_CONTEXT, max_model_len - 16))
+        self._rng = np.random.default_rng(0)
+        self._observed: list[tuple[Plan, SchedulerState, float, dict[int | str, float]]] = []
+
+    def measure(self, window: int) -> float:
+        """Times a few iterations; returns the decode step's seconds at four streams."""
+        began = time.monotonic()
+        step = self._decodes()
+        windows = sorted({min(w, window) for w in _WINDOWS})
+        for rows in windows:
+            if time.monotonic() - began < _MOST_SECONDS:
+                self._prefill(min(rows, self._context))
+                self._training(rows)
+        self._requests.blocks.prefix_cache.clear()
+        return step
+
+    def teach(self, scheduler: Scheduler) -> None:
+        for plan, state, seconds, parts in self._observed:
+            scheduler.observe(plan, state, seconds, parts)
+
+    def _decodes(self) -> float:
+        """Iterations of 1 … 16 decode rows; the smaller of two runs each, the first of all thrown away."""
+        four = 0.0
+        requests = [self._request(i) for i in range(max(_DECODES))]
+        needed = -(-(self._context + 3 * len(_DECODES)) // self._requests.blocks.block_size)
+        possible = [n for n in _DECODES if n * needed <= self._requests.blocks.free_blocks] or [1]
+        for request in requests[: possible[-1]]:
+            self._requests.admit(request)
+            self._run(Plan(prefills=(Prefill(request.id, len(request.tokens)),)), {}, teach=False)
+        for count in possible:
+            times = []
+            for turn in range(3):
+                seconds = self._run(Plan(decodes=tuple(r.id for r in requests[:count])), {}, teach=turn > 0)
+                times.append(seconds)
+            if count <= _STREAMS:
+                four = min(times[1:])
+        for request in requests:
+            self._requests.remove(request)
+        return four
+
+    def _prefill(self, rows: int) -> None:
+        request = self._request(1000 + rows, rows)
+        self._requests.admit(request)
+        self._run(Plan(prefills=(Prefill(request.id, rows),)), {})
+        self._requests.remove(request)
+
+    def _training(self, rows: int) -> None:
+        """A window of a sweep: as a ride, then head units, and the backward of the two uppermost layers."""
+        ids = self._rng.integers(3, self._model.vocab_size, rows)
+        step = JobStep("calibration", _ThrowawayAdapter(self._model), max(rows - 1, 1))
+        for ride in (True, False):
+            sweep = Sweep([TrainSequence(step, ids, ids)], layers=self._model.layer_count, dtype=self._model.dtype,
+                          device=self._model.device, save=True)  # fmt: skip
+            if ride:
+                self._run(Plan(rides=(Ride(0, rows),)), {0: sweep})
+                continue
+            half = max(1, self._model.layer_count // 4)
+            self._run(Plan(units=(ForwardUnit(0, rows, half),)), {0: sweep})
+            self._run(Plan(units=(ForwardUnit(0, rows, self._model.layer_count),)), {0: sweep}, teach=False)
+            for size in (1, min(16, sweep.head_left), sweep.head_left - 17):
+                if size > 0:
+                    self._run(Plan(units=(HeadUnit(0, size),)), {0: sweep})
+            while sweep.head_left:
+                self._run(Plan(units=(HeadUnit(0, 64),)), {0: sweep}, teach=False)
+            for turn in range(min(3, self._model.layer_count)):
+                self._run(Plan(units=(BackwardUnit(0, rows),)), {0: sweep}, teach=turn > 0)
+
+    def _request(self, number: int, length: int | None = None) -> Request:
+        ids = tuple(self._rng.integers(3, self._model.vocab_size, length or self._context).tolist())
+        params = SamplingParams(max_tokens=3 * len(_DECODES) + 1, seed=0, temperature=0.0)
+        name = f"calibration-{number}"
+        self._requests.add(Generate(name, "", ids, params, None, f"calibration-{number}", time.monotonic()))
+        request = self._requests.get(name)
+        if request is None:
+            raise RuntimeError("the request book did not take a calibration request")
+        return request
+
+    def _run(self, plan: Plan, sweeps: dict[int, Sweep], *, teach: bool = True) -> float:
+        state = SchedulerState(
+            now=0.0,
+            requests=tuple(self._state(r) for r in self._requests),
+            sweeps=tuple(_sweep_state(i, s) for i, s in sweeps.items()),
+            free_blocks=self._requests.blocks.free_blocks, block_size=self._requests.blocks.block_size,
+            max_running=64, max_adapters=64,
+        )  # fmt: skip
+        clock = time.perf_counter()
+        outcome = self._runner.run(plan, sweeps)
+        seconds = time.perf_counter() - clock
+        for request, sampled in outcome.sampled:
+            self._requests.deliver(request, sampled, 0.0)
+        if teach:
+            self._observed.append((plan, state, seconds, outcome.parts))
+        return seconds
+
+    def _state(self, request: Request) -> RequestState:
+        return self._requests.state(request, 1.0, True)
+
+
+def _sweep_state(sweep_id: int, sweep: Sweep) -> SweepState:
+    return SweepState(
+        sweep_id=sweep_id, jobs=(), layers=sweep.layers, stream_tokens=sweep.rows, window=sweep.rows,
+        forward_tokens=sweep.forward_rows, partial_tokens=sweep.partial_rows, partial_layer=sweep.partial_layer,
+        head_rows_ready=sweep.head_ready, head_rows_left=sweep.head_left, backward=True,
+        backward_layer=sweep.layer, backward_tokens=sweep.rows - sweep.undone,
+    )  # fmt: skip

@@ -1,0 +1,123 @@
+"""The engine's loop: intake, plan, run, observe, deliver; generation and training in the same iterations.
+
+One thread owns the device and all books. Everything that waits (sockets, disks, optimizer steps) waits on threads of
+its own, and the loop picks up what they have finished at the next iteration's intake.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from coserve.scheduler.policy import Scheduler
+from coserve.scheduler.state import Plan, SchedulerState
+from coserve.server.engine.adapters import AdapterBook
+from coserve.server.engine.intake import Intake
+from coserve.server.engine.iterations import IterationLog
+from coserve.server.engine.requests import Request, RequestBook
+from coserve.server.engine.runner import Outcome, Runner
+from coserve.server.engine.stats import StatsClock
+from coserve.server.engine.trainer import Trainer
+from coserve.server.wire.messages import Failed
+from coserve.server.wire.sync import EngineSocket
+
+log = logging.getLogger("coserve.engine")
+
+_IDLE_SECONDS = 0.2  # longest sleep without news
+_SIDE_SECONDS = 0.002  # while side work is about to finish
+
+
+class Engine:
+    """All parts of one engine, and the loop that turns them."""
+
+    def __init__(
+        self, socket: EngineSocket, intake: Intake, requests: RequestBook, adapters: AdapterBook, trainer: Trainer,
+        scheduler: Scheduler, runner: Runner, iterations: IterationLog, stats: StatsClock, *,
+        max_running: int, max_adapters: Callable[[], int], beat: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._socket, self._intake = socket, intake
+        self._requests, self._adapters, self._trainer = requests, adapters, trainer
+        self._scheduler, self._runner = scheduler, runner
+        self._iterations, self._stats = iterations, stats
+        self._max_running, self._max_adapters, self._beat = max_running, max_adapters, beat
+
+    def run(self) -> None:
+        """Until drained."""
+        while not self._intake.drained:
+            if not self.step():
+                self._socket.wait(_SIDE_SECONDS if self._trainer.busy else _IDLE_SECONDS)
+
+    def step(self) -> bool:
+        """One iteration; False if there was nothing to run."""
+        self._beat()
+        self._intake.take()
+        state = self._state()
+        plan = self._scheduler.plan(state)
+        self._prepare(plan)
+        if plan.empty:
+            self._stats.send_if_due()
+            return bool(plan.preempt or plan.unservable)
+        started, clock = time.time(), time.perf_counter()
+        outcome = self._runner.run(plan, self._trainer.sweeps)
+        seconds = time.perf_counter() - clock
+        self._scheduler.observe(plan, state, seconds, outcome.parts)
+        self._iterations.record(
+            outcome.work, started_at=started, predicted=plan.predicted_seconds, measured=seconds,
+            budget=plan.budget_seconds, streams=bool(plan.decodes),
+        )  # fmt: skip
+        self._deliver(outcome)
+        return True
+
+    def _state(self) -> SchedulerState:
+        """What the scheduler is told."""
+        book = self._requests
+        return SchedulerState(
+            now=time.monotonic(),
+            requests=tuple(book.state(r, 1.0, self._adapters.ready(r.message.adapter)) for r in book),
+            sweeps=self._trainer.states(),
+            free_blocks=book.blocks.free_blocks,
+            block_size=book.blocks.block_size,
+            max_running=self._max_running,
+            max_adapters=self._max_adapters(),
+        )
+
+    def _prepare(self, plan: Plan) -> None:
+        """Carry out what the plan says of the books: preemptions, refusals, admissions."""
+        for request_id in plan.preempt:
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._requests.preempt(request)
+                self._iterations.counters["coserve_preemptions_total"] += 1
+        for request_id in plan.unservable:
+            reason = "the sequence needs more K/V blocks than the server has; shorten it, or raise --kv-memory"
+            self._fail(request_id, "context_length_exceeded", reason)
+        for prefill in plan.prefills:
+            request = self._requests.get(prefill.request_id)
+            if request is not None:
+                self._requests.admit(request)
+                if request.message.adapter is not None and not request.acquired:
+                    self._adapters.acquire(request.message.adapter)
+                    request.acquired = True
+
+    def _deliver(self, outcome: Outcome) -> None:
+        """Tokens out. Latencies are sampled here, where a token leaves the engine."""
+        now = time.monotonic()
+        for request, sampled in outcome.sampled:
+            before = request.last_token_at
+            message = self._requests.deliver(request, sampled, now)
+            slo_class = request.message.slo_class
+            if before is None:
+                self._iterations.sample_ttft(slo_class, now - request.message.arrived)
+            else:
+                self._iterations.sample_itl(slo_class, now - before)
+            self._socket.send(message)
+            if message.finish_reason is not None:
+                self._intake.finish(request)
+        self._stats.send_if_due()
+
+    def _fail(self, request_id: str, code: str, message: str) -> None:
+        request: Request | None = self._requests.get(request_id)
+        if request is not None:
+            self._intake.finish(request)
+            self._socket.send(Failed(request_id, code, message))

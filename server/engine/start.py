@@ -1,0 +1,125 @@
+"""Puts an engine together: model, cache, pool, books, calibration, scheduler."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from coserve.scheduler.config import SchedulerConfig
+from coserve.scheduler.policy import Scheduler
+from coserve.server.engine.adapter_loader import AdapterLoader
+from coserve.server.engine.adapter_pool import AdapterPool, Weights
+from coserve.server.engine.adapters import AdapterBook, too_large
+from coserve.server.engine.calibration import Calibration
+from coserve.server.engine.checking import FolderCheck
+from coserve.server.engine.intake import Intake
+from coserve.server.engine.iterations import IterationLog
+from coserve.server.engine.kv_cache import KVCache, block_bytes
+from coserve.server.engine.load import LoadedModel, ModelRefused, load_model
+from coserve.server.engine.loop import Engine
+from coserve.server.engine.options import EngineOptions
+from coserve.server.engine.prefix_cache import BlockManager
+from coserve.server.engine.requests import RequestBook
+from coserve.server.engine.runner import Runner
+from coserve.server.engine.shapes import layer_shapes
+from coserve.server.engine.stats import StatsClock
+from coserve.server.engine.trainer import Trainer
+from coserve.server.training.peft.folder import read_folder
+from coserve.server.wire.lifeline import Heartbeat
+from coserve.server.wire.messages import EngineReady
+from coserve.server.wire.sync import EngineSocket
+
+log = logging.getLogger("coserve.engine")
+
+_ITL_STEPS = 2.0  # a CPU's automatic inter-token promise, in decode steps at four streams
+_TTFT_STEPS = 20.0  # and its first-token promise, in inter-token promises
+_CUDA_ITL, _CUDA_TTFT = 0.050, 1.0
+_HOST_CACHE_BYTES = 2 * 2**30  # parsed adapters kept in host memory
+
+
+def build_engine(options: EngineOptions, heartbeat: Heartbeat) -> tuple[Engine, Intake]:
+    """Everything up to, not including, the first iteration. Raises ModelRefused."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    loaded = load_model(options)
+    model = loaded.base
+    blocks, cache = _kv_cache(loaded, options)
+    pool = _pool(loaded, options)
+
+    def read(folder: Path) -> Weights:
+        return read_folder(folder, model.sites, loaded.digest)[1]
+
+    loader = AdapterLoader(read, _HOST_CACHE_BYTES)
+    adapters = AdapterBook(pool, loader, options.data_dir)
+
+    calibrated = RequestBook(blocks, 1.0, 1.0)
+    calibration = Calibration(model, Runner(model, cache, calibrated, adapters), calibrated, loaded.max_model_len)
+    step = calibration.measure(options.window())
+    itl, ttft = _promises(options, step)
+    scheduler = Scheduler(SchedulerConfig(itl_seconds=itl))
+    calibration.teach(scheduler)
+    log.info("decode step at four streams %.1f ms; inter-token promise %.0f ms, first token %.0f ms",
+             step * 1e3, itl * 1e3, ttft * 1e3)  # fmt: skip
+
+    requests = RequestBook(blocks, itl, ttft)
+    trainer = Trainer(model, pool, options, loaded.digest, Path(options.model).name)
+    iterations = IterationLog(os.getpid())
+    socket = EngineSocket(options.socket_path)
+    checks = FolderCheck(options.data_dir, model.sites, loaded.digest, lambda weights: too_large(weights, pool))
+    fixed = {"coserve_slo_itl_seconds": itl, "coserve_slo_ttft_seconds": ttft}
+
+    def ready() -> EngineReady:
+        return EngineReady(
+            pid=os.getpid(), base_digest=loaded.digest, model_type=loaded.model_type,
+            dtype=str(model.dtype).removeprefix("torch."), device=str(model.device), vocab_size=model.vocab_size,
+            max_model_len=loaded.max_model_len, kv_blocks=blocks.num_blocks, block_size=blocks.block_size,
+            lora_sites=tuple(sorted({site.name.rsplit(".", 1)[-1] for site in model.sites})),
+            slo_itl_seconds=itl, slo_ttft_seconds=ttft, running_requests=requests.ids, running_jobs=trainer.job_ids,
+        )  # fmt: skip
+
+    intake = Intake(socket, ready, requests, adapters, trainer, checks, iterations, loaded.max_model_len)
+    stats = StatsClock(socket, requests, trainer, pool, iterations, lambda: fixed)
+    runner = Runner(model, cache, requests, adapters)
+    engine = Engine(
+        socket, intake, requests, adapters, trainer, scheduler, runner, iterations, stats,
+        max_running=options.running(), max_adapters=adapters.capacity, beat=heartbeat.beat,
+    )  # fmt: skip
+    socket.start()
+    return engine, intake
+
+
+def _kv_cache(loaded: LoadedModel, options: EngineOptions) -> tuple[BlockManager, KVCache]:
+    shapes = layer_shapes(loaded.base)
+    bytes_each = block_bytes(shapes, options.block_size, loaded.base.dtype)
+    longest = -(-loaded.max_model_len // options.block_size)
+    # Never more than every running sequence could use at once.
+    count = min(options.kv_bytes() // bytes_each, options.running() * longest)
+    if count < 1:
+        raise ModelRefused(
+            f"--kv-memory {options.kv_bytes()} holds no block: one block of {options.block_size} tokens takes "
+            f"{bytes_each} bytes of this model; give at least {bytes_each * longest} for one full context"
+        )
+    if count < longest:
+        log.warning("the K/V cache holds %d tokens, less than one context of %d: longer sequences will be refused",
+                    count * options.block_size, loaded.max_model_len)  # fmt: skip
+    manager = BlockManager(count, options.block_size)
+    return manager, KVCache(shapes, count, options.block_size, loaded.base.dtype, loaded.base.device)
+
+
+def _pool(loaded: LoadedModel, options: EngineOptions) -> AdapterPool:
+    page_elements = options.adapter_page_rows * loaded.base.hidden_size
+    try:
+        return AdapterPool(options.adapter_bytes(), page_elements, loaded.base.dtype, loaded.base.device)
+    except ValueError as error:
+        raise ModelRefused(str(error)) from error
+
+
+def _promises(options: EngineOptions, decode_step: float) -> tuple[float, float]:
+    """(inter-token, first-token) seconds."""
+    cuda = options.torch_device().type == "cuda"
+    itl = options.slo_itl_ms / 1e3 if options.slo_itl_ms else _CUDA_ITL if cuda else _ITL_STEPS * decode_step
+    ttft = options.slo_ttft_ms / 1e3 if options.slo_ttft_ms else _CUDA_TTFT if cuda else _TTFT_STEPS * itl
+    return itl, ttft

@@ -1,0 +1,51 @@
+"""The heartbeat: what the engine tells of itself about once a second, also when it is idle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from coserve.server.engine.adapter_pool import AdapterPool
+from coserve.server.engine.iterations import IterationLog
+from coserve.server.engine.requests import RequestBook
+from coserve.server.engine.trainer import Trainer
+from coserve.server.wire.messages import Stats
+from coserve.server.wire.sync import EngineSocket
+
+_EVERY_SECONDS = 1.0
+
+
+class StatsClock:
+    """Sends Stats when they are due."""
+
+    def __init__(
+        self, socket: EngineSocket, requests: RequestBook, trainer: Trainer, pool: AdapterPool,
+        iterations: IterationLog, fixed: Callable[[], dict[str, float]],
+    ) -> None:  # fmt: skip
+        self._socket, self._requests, self._trainer = socket, requests, trainer
+        self._pool, self._iterations, self._fixed = pool, iterations, fixed
+        self._due = 0.0
+
+    def send_if_due(self) -> None:
+        now = time.monotonic()
+        if now < self._due or not self._socket.connected:
+            return
+        self._due = now + _EVERY_SECONDS
+        itl, ttft = self._iterations.take_samples()
+        self._socket.send(Stats(now, dict(self._iterations.counters), self._gauges(), itl, ttft))
+
+    def _gauges(self) -> dict[str, float]:
+        blocks, running = self._requests.blocks, self._requests.running
+        return {
+            "coserve_requests_running": running,
+            "coserve_requests_waiting": len(self._requests) - running,
+            "coserve_kv_blocks_total": blocks.num_blocks,
+            "coserve_kv_blocks_free": blocks.free_blocks,
+            "coserve_prefix_cache_blocks": len(blocks.prefix_cache),
+            "coserve_adapter_pool_bytes_total": self._pool.num_pages * self._pool.page_bytes,
+            "coserve_adapter_pool_bytes_used": self._pool.bytes_used,
+            "coserve_adapters_resident": len(self._pool.resident()),
+            "coserve_jobs_running": len(self._trainer.job_ids),
+            "coserve_training_sweeps": len(self._trainer.sweeps),
+            **self._fixed(),
+        }

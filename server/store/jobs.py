@@ -129,6 +129,16 @@ class Jobs:
 
         return await self._database.write(insert)
 
+    async def submitted(self, tenant: str, submission: Submission) -> Job | None:
+        """The job that an equal submission made. Raises IdempotencyConflict for its key with another body."""
+        now = int(self._clock())
+
+        def find(connection: sqlite3.Connection) -> Job | None:
+            job_id = find_submission(connection, tenant, submission, now)
+            return None if job_id is None else find_job(connection, tenant, job_id)
+
+        return await self._database.read(find)
+
     async def get(self, tenant: str, job_id: str) -> Job | None:
         return await self._database.read(lambda connection: find_job(connection, tenant, job_id))
 

@@ -76,7 +76,8 @@ class AdamW:
             group["lr"] = learning_rate
         self._torch.step()
         self.drop_gradients()
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self._named.values())
+        # one norm over all: one value comes back from the device, not one a parameter
+        return math.isfinite(float(torch.nn.utils.get_total_norm(self._named.values())))
 
     def drop_gradients(self) -> None:
         self._torch.zero_grad(set_to_none=True)

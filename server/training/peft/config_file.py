@@ -54,9 +54,9 @@ class AdapterError(ValueError):
     """An adapter that cannot be used; `param` is the field, tensor or file at fault."""
 
     def __init__(self, message: str, param: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        super().__init__(_printable(message))
+        self.message = _printable(message)
+        self.param = _printable(param)[:200]
 
 
 def parse_config(text: bytes) -> LoraConfig:
@@ -175,12 +175,16 @@ def _targets(fields: Mapping[str, Any]) -> str | tuple[str, ...]:
 
 def _names(fields: Mapping[str, Any], field: str) -> str | tuple[str, ...] | None:
     value = fields.get(field)
-    if value is None or isinstance(value, str):
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if not value.isprintable():
+            raise AdapterError(f"{field} holds unprintable characters", field)
         return value
     if not isinstance(value, list) or len(value) > MAX_ENTRIES:
         raise AdapterError(f"{field} must be a string or a list of at most {MAX_ENTRIES} names", field)
-    if not all(isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARACTERS for name in value):
-        raise AdapterError(f"{field} must hold module names of 1 to {MAX_NAME_CHARACTERS} characters", field)
+    if not all(isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARACTERS and name.isprintable() for name in value):
+        raise AdapterError(f"{field} must hold module names of 1 to {MAX_NAME_CHARACTERS} printable characters", field)
     return tuple(sorted(set(value)))
 
 
@@ -190,8 +194,8 @@ def _pattern(fields: Mapping[str, Any], field: str, check: Callable[[str, Any], 
         return ()
     if not isinstance(value, dict) or len(value) > MAX_ENTRIES:
         raise AdapterError(f"{field} must map at most {MAX_ENTRIES} names to numbers", field)
-    if not all(0 < len(key) <= MAX_NAME_CHARACTERS for key in value):
-        raise AdapterError(f"{field} must have keys of 1 to {MAX_NAME_CHARACTERS} characters", field)
+    if not all(0 < len(key) <= MAX_NAME_CHARACTERS and key.isprintable() for key in value):
+        raise AdapterError(f"{field} must have keys of 1 to {MAX_NAME_CHARACTERS} printable characters", field)
     return tuple((key, check(field, item)) for key, item in value.items())
 
 
@@ -247,6 +251,11 @@ def _listed(names: str | tuple[str, ...] | None) -> str | list[str] | None:
 
 def _plain(value: float) -> int | float:
     return int(value) if float(value).is_integer() else float(value)
+
+
+def _printable(text: str) -> str:
+    """Names come from the file: half a surrogate pair in one must not stop the answer from being encoded."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _same(value: Any, choice: Any) -> bool:

@@ -42,6 +42,7 @@ class Admission:
     candidates: tuple[Candidate, ...]  # in the order in which they run
     preempt: tuple[str, ...]
     unservable: tuple[str, ...]
+    adapters: tuple[str, ...]  # that ought to be on the device: those in use, then those waited for, in service order
 
 
 class AdmissionPolicy:
@@ -64,7 +65,8 @@ class AdmissionPolicy:
         if not decodes and not chunks and not unservable and alive:
             chunks = self._break_deadlock(state, prompts, alive, pool, preempted, unservable)
         decodes.sort(key=lambda r: r.arrived)
-        return Admission(tuple(decodes), tuple(chunks), tuple(preempted), tuple(unservable))
+        adapters = _wanted([*alive, *(c.request for c in chunks), *prompts], state.max_adapters)
+        return Admission(tuple(decodes), tuple(chunks), tuple(preempted), tuple(unservable), adapters)
 
     def _break_deadlock(
         self,
@@ -123,7 +125,9 @@ class AdmissionPolicy:
                 continue
             if r.adapter is not None:
                 held = resident | {r.adapter}
-                if len(held if claim is None else held | {claim}) > state.max_adapters:
+                if claim is not None and (alive or chunks):  # an idle device waits for nobody's load
+                    held.add(claim)
+                if len(held) > state.max_adapters:
                     since = blocked[r.request_id] = self._blocked_since.get(r.request_id, state.now)
                     if claim is None and state.now - since >= self._config.drain_after:
                         claim = r.adapter
@@ -195,7 +199,8 @@ def _in_order(state: SchedulerState) -> tuple[list[RequestState], list[RequestSt
             if r.ttft_deadline <= state.now and not _decoding(r):
                 overdue = len(batch)
     if overdue:
-        first = sorted(first + batch[:overdue], key=lambda r: r.arrived)
+        promoted = {r.request_id for r in batch[:overdue]}
+        first = [r for r in state.requests if r.slo_class != "batch" or r.request_id in promoted]
     ordered = first + batch[overdue:]
     return [r for r in ordered if r.running], [r for r in ordered if not _decoding(r)]
 
@@ -227,3 +232,13 @@ def _run_decodes(running: list[RequestState], pool: _Pool) -> tuple[list[Request
             unservable.append(r.request_id)
         # else: it waits one iteration; blocks that the victims shared with each other show as free in the next state
     return decodes, preempted, unservable
+
+
+def _wanted(requests: list[RequestState], most: int) -> tuple[str, ...]:
+    wanted: dict[str, None] = {}
+    for r in requests:
+        if r.adapter is not None:
+            if len(wanted) == most and r.adapter not in wanted:
+                break
+            wanted[r.adapter] = None
+    return tuple(wanted)

@@ -50,7 +50,8 @@ class Scheduler:
         """The next iteration's work. Empty only if nothing can run now.
 
         Requests in `preempt` give their blocks back first; those in `unservable` need more blocks than there are and
-        are to be ended with an error by the caller.
+        are to be ended with an error by the caller. `adapters` is for the loader: without regard for it, requests of
+        evicted adapters may wait for each other.
         """
         costs = Costs(self.model)
         admission = self._admission.decide(state)
@@ -74,6 +75,7 @@ class Scheduler:
             units=tuple(training.units),
             preempt=admission.preempt,
             unservable=admission.unservable,
+            adapters=admission.adapters,
             budget_seconds=budget,
         )
         return plan if plan.empty else replace(plan, predicted_seconds=training.mean, upper_seconds=training.upper)

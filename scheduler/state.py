@@ -128,6 +128,7 @@ class Plan:
     units: tuple[Unit, ...] = ()
     preempt: tuple[str, ...] = ()  # requests that give all their blocks back before the forward
     unservable: tuple[str, ...] = ()  # need more blocks than there are in all: to be ended with an error
+    adapters: tuple[str, ...] = ()  # at most max_adapters, most urgent first: load these, evict only others
     predicted_seconds: float = 0.0  # mean of the latency model
     upper_seconds: float = 0.0  # the upper estimate that was held against the budget
     budget_seconds: float = 0.0  # what the inter-token promise allowed this iteration

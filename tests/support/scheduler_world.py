@@ -196,21 +196,17 @@ class World:
             max_adapters=self.max_adapters,
         )
 
-    def load_adapters(self) -> None:
-        """Between iterations, in order of arrival: load what waits, evicting what no running request uses."""
-        used = {s.adapter for s in self.streams if s.running}
-        for s in self.streams:
-            if s.adapter is None or s.adapter in self.resident:
-                continue
-            if len(self.resident) >= self.max_adapters:
-                idle = [a for a in self.resident if a not in used]
-                wanted = {t.adapter for t in self.streams}
-                idle = [a for a in idle if a not in wanted] or idle
-                if not idle:
-                    return
-                del self.resident[min(idle, key=lambda a: self.resident[a])]
-            self.resident[s.adapter] = self.now
-            return  # one load an iteration
+    def load_adapter(self, wanted: tuple[str, ...]) -> None:
+        """Between iterations: load the most urgent missing adapter, evicting one that is not wanted."""
+        assert len(wanted) <= self.max_adapters
+        missing = [a for a in wanted if a not in self.resident]
+        if not missing:
+            return
+        if len(self.resident) >= self.max_adapters:
+            idle = [a for a in self.resident if a not in wanted]
+            assert not {s.adapter for s in self.streams if s.running} & set(idle), "an adapter in use is not wanted"
+            del self.resident[min(idle, key=lambda a: self.resident[a])]
+        self.resident[missing[0]] = self.now
 
     def seconds(self, plan: Plan) -> float:
         rows = len(plan.decodes) + sum(p.tokens for p in plan.prefills) + sum(r.tokens for r in plan.rides)

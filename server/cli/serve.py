@@ -25,7 +25,6 @@ import click
 @click.option("--activations", type=click.Choice(["auto", "save", "recompute"]), help="Kept for the backward. [auto]")
 @click.option("--threads", type=int, metavar="N", help="CPU threads of the engine. [all cores]")
 @click.option("--served-model-name", metavar="NAME", help="The base model's id. [last part of --model]")
-@click.option("--organization", metavar="NAME", help="In the ids of finetuned models. [coserve]")
 @click.option("--max-running", type=int, metavar="N", help="Sequences that run at once. [64 on a CPU]")
 @click.option("--grace-seconds", type=float, metavar="N", help="How long a shutdown may take. [30]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[info]")

@@ -39,6 +39,21 @@ def test_a_sequence_grows_into_what_was_spoken_for():
     assert second == [6, 7, 8, 9, 10, 11]
 
 
+def test_a_hope_larger_than_the_space_still_keeps_some():
+    allocator = BlockAllocator(10)
+    first = allocator.allocate(2, ahead=20)
+    assert allocator.allocate(1) == [7]
+    assert allocator.allocate(5, near=first[-1]) == [2, 3, 4, 5, 6]
+    allocator.forget_ahead(first[-1])
+
+
+def test_what_a_finished_sequence_hoped_for_is_open_to_all():
+    allocator = BlockAllocator(10)
+    (block,) = allocator.allocate(1, ahead=5)
+    allocator.forget_ahead(block)
+    assert allocator.allocate(9) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
 def test_what_is_spoken_for_is_still_free_for_others():
     allocator = BlockAllocator(8)
     allocator.allocate(2, ahead=6)

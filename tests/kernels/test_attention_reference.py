@@ -146,6 +146,14 @@ def test_nothing_of_other_sequences_is_read():
     assert (got - want).norm() / want.norm() < 1e-12
 
 
+def test_padding_reads_the_sequence_itself():
+    cache = torch.full((BLOCKS * BLOCK, 1, 8), math.nan)
+    cache[12:20] = cache[40:60] = 1.0
+    plan = AttentionPlan([Segment(0, 1, 17, range(10, 15)), Segment(1, 1, 6, [4, 3])], BLOCK, torch.float32)
+    assert [unit.batch for unit in plan.units(None)] == [2]
+    assert paged_attention(torch.ones(2, 1, 8), cache, cache, plan, 0.3).isfinite().all()
+
+
 def test_consecutive_blocks_are_read_as_a_view():
     plan = AttentionPlan([Segment(0, 1, 11, [3, 4, 5])], BLOCK, torch.float32)
     (unit,) = plan.units(None)

@@ -11,14 +11,38 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 import coserve
-from coserve.server.api import service
+from coserve.server.api import (
+    adapters,
+    chat,
+    completions,
+    files,
+    fine_tuning,
+    iterations,
+    keys,
+    models,
+    service,
+    tokenize,
+)
 from coserve.server.api.auth import Authentication, route_table
-from coserve.server.api.errors import ApiError, clip, from_status, invalid, place
+from coserve.server.api.errors import ApiError, clip, from_refusal, from_status, invalid, place
 from coserve.server.api.middleware import ErrorBoundary, Limits, RequestId
+from coserve.server.gateway.refusals import Refused
 from coserve.server.gateway.services import Services
+from coserve.server.store.errors import UnknownCursor
 
 # models comes last: its {id:path} would swallow what stands behind it
-ROUTERS: tuple[APIRouter, ...] = (service.router,)
+ROUTERS: tuple[APIRouter, ...] = (
+    service.router,
+    chat.router,
+    completions.router,
+    tokenize.router,
+    files.router,
+    fine_tuning.router,
+    adapters.router,
+    keys.router,
+    iterations.router,
+    models.router,
+)
 
 UPLOAD_PATHS = ("/v1/files", "/v1/adapters")
 
@@ -48,7 +72,9 @@ def create_app(services: Services) -> FastAPI:
         exception_handlers={
             ApiError: _api_error,
             HTTPException: _http_error,
+            Refused: _refused,
             RequestValidationError: _validation_error,
+            UnknownCursor: _unknown_cursor,
         },
     )
     app.state.services = services
@@ -59,6 +85,14 @@ def create_app(services: Services) -> FastAPI:
 
 async def _api_error(_: Request, error: Any) -> Response:
     return error.response()
+
+
+async def _refused(_: Request, error: Any) -> Response:
+    return from_refusal(error).response()
+
+
+async def _unknown_cursor(*_: Any) -> Response:
+    return invalid("Invalid value for 'after': it names nothing in this list.", "after").response()
 
 
 async def _http_error(request: Request, error: Any) -> Response:

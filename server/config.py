@@ -58,9 +58,6 @@ class Settings(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free port")
     data_dir: Path = Path("coserve-data")
-    organization: str = Field(
-        default="coserve", pattern=r"^[A-Za-z0-9_-]{1,32}$", description="the organization part of ft:… model ids"
-    )
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -160,7 +157,7 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
 
 
 def write_process_settings(path: Path, settings: Settings, socket_path: str) -> None:
-    """Write what the child processes read: the resolved settings and the engine's socket, readable by the owner only."""
+    """Write what the child processes read, the settings and the engine's socket; only the owner can read it."""
     document = {**settings.model_dump(mode="json"), "socket_path": socket_path}
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:

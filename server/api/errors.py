@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from coserve.server.gateway.refusals import Conflict, Invalid, NotFound, QueueFull, Refused, Unavailable
+
 _TYPES = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
     HTTPStatus.FORBIDDEN: "permission_error",
@@ -34,6 +36,10 @@ _CODES = {
     500: "internal_error",
     503: "engine_unavailable",
 }
+
+
+_REFUSALS: dict[type[Refused], int] = {Invalid: 400, NotFound: 404, Conflict: 409, QueueFull: 429, Unavailable: 503}
+_RETRY_MS = {429: 1000, 503: 2000}
 
 
 class ApiError(HTTPException):
@@ -111,6 +117,13 @@ def internal_error() -> ApiError:
     return ApiError(
         500, "The server had an error while processing your request; quote the x-request-id to its operator."
     )
+
+
+def from_refusal(refused: Refused) -> ApiError:
+    """The status that a refusal of the services behind the routes has."""
+    status = next((status for kind, status in _REFUSALS.items() if isinstance(refused, kind)), 400)
+    headers = {"retry-after-ms": str(_RETRY_MS[status])} if status in _RETRY_MS else None
+    return ApiError(status, refused.message, code=refused.code, param=refused.param, headers=headers)
 
 
 def from_status(status: int, detail: str | None = None, headers: Mapping[str, str] | None = None) -> ApiError:

@@ -62,44 +62,33 @@ class Update:
     logprobs: tuple[TokenLogprob, ...]
     prompt_logprobs: tuple[TokenLogprob | None, ...]
     stop_token: bool
-    at: float  # monotonic seconds of the first part's arrival
 
 
 class EngineSequence:
-    """One running sequence: `receive` until a finish reason, then `close`; closing early aborts it."""
+    """One running sequence: `take` after every `news` until a finish reason, then `close`; closing early aborts it."""
 
-    def __init__(self, client: EngineClient, message: Generate) -> None:
+    def __init__(self, client: EngineClient, message: Generate, news: asyncio.Event) -> None:
         self._client = client
+        self._news = news
+        self._parts: list[Tokens] = []
+        self._failure: SequenceFailed | None = None
         self.message = message
         self.attempt = 0
         self.started = False
         self.finished = False
-        self._parts: list[Tokens] = []
-        self._since = 0.0
-        self._failure: SequenceFailed | None = None
-        self._news = asyncio.Event()
-        self.backlog_bytes = 0  # a measure of what nobody has received yet
 
     @property
     def wire_id(self) -> str:
         """A new id for every attempt: a lost connection's tokens must not reach the sequence that replaced it."""
         return self.message.request_id if self.attempt == 0 else f"{self.message.request_id}~{self.attempt}"
 
-    async def receive(self) -> Update:
-        """Waits for tokens and returns all that are there, merged. Raises SequenceFailed."""
-        while not self._parts:
+    def take(self) -> Update | None:
+        """All that came since the last call, merged; None if nothing did. Raises SequenceFailed."""
+        parts, self._parts = self._parts, []
+        if not parts:
             if self._failure is not None:
                 raise self._failure
-            await self._news.wait()
-            self._news.clear()
-        parts, self._parts = self._parts, []
-        self.backlog_bytes = 0
-        if len(parts) == 1:
-            part = parts[0]
-            return Update(
-                part.token_ids, part.finish_reason, part.cached_tokens, part.logprobs, part.prompt_logprobs,
-                part.stop_token, self._since,
-            )  # fmt: skip
+            return None
         return Update(
             token_ids=tuple(itertools.chain.from_iterable(part.token_ids for part in parts)),
             finish_reason=parts[-1].finish_reason,
@@ -107,7 +96,6 @@ class EngineSequence:
             logprobs=tuple(itertools.chain.from_iterable(part.logprobs for part in parts)),
             prompt_logprobs=next((part.prompt_logprobs for part in parts if part.prompt_logprobs), ()),
             stop_token=parts[-1].stop_token,
-            at=self._since,
         )
 
     def close(self) -> None:
@@ -115,16 +103,13 @@ class EngineSequence:
         self._client._forget(self)
 
     def _deliver(self, part: Tokens) -> None:
-        if not self._parts:
-            self._since = time.monotonic()
         self.started = True
         self.finished = part.finish_reason is not None
         self._parts.append(part)
-        self.backlog_bytes += 64 + 8 * len(part.token_ids)
-        self.backlog_bytes += sum(32 + 32 * len(entry.top) for entry in part.logprobs)
         self._news.set()
 
-    def _fail(self, code: str, message: str) -> None:
+    def fail(self, code: str, message: str) -> None:
+        """Ends the sequence for its reader, who gets SequenceFailed after what came before."""
         self.finished = True
         self._failure = SequenceFailed(code, message)
         self._news.set()
@@ -171,7 +156,7 @@ class EngineClient:
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
         for sequence in list(self._sequences.values()):
-            sequence._fail("engine_unavailable", "The server is shutting down.")
+            sequence.fail("engine_unavailable", "The server is shutting down.")
         self._sequences.clear()
 
     @property
@@ -209,9 +194,9 @@ class EngineClient:
 
     # ------------------------------------------------------------------ sequences
 
-    def generate(self, message: Generate) -> EngineSequence:
-        """Starts a sequence; without an engine it waits for the next one."""
-        sequence = EngineSequence(self, message)
+    def generate(self, message: Generate, news: asyncio.Event) -> EngineSequence:
+        """Starts a sequence, which sets `news` whenever there is something to take; waits for an engine if need be."""
+        sequence = EngineSequence(self, message, news)
         self._sequences[sequence.wire_id] = sequence
         if self.engine is not None:
             self._post(replace(message, request_id=sequence.wire_id))
@@ -261,7 +246,7 @@ class EngineClient:
             self._calls.pop(call_id, None)
 
     async def send(self, message: Any) -> None:
-        """Sends StartJob, StopJob or Drain. Raises EngineUnavailable; what must survive is sent again on EngineReady."""
+        """Sends StartJob, StopJob or Drain. Raises EngineUnavailable; what must happen is sent again on EngineReady."""
         if self.engine is None or self._stream is None:
             raise EngineUnavailable("the engine is not up")
         try:
@@ -313,7 +298,7 @@ class EngineClient:
             case Failed():
                 sequence = self._sequences.get(message.request_id)
                 if sequence is not None and not sequence.finished:
-                    sequence._fail(message.code, message.message)
+                    sequence.fail(message.code, message.message)
             case AdapterChecked() | AdapterDropped() | Iterations():
                 answer = self._calls.get(message.call_id)
                 if answer is not None and not answer.done():
@@ -325,7 +310,7 @@ class EngineClient:
         for callback in self._subscribers.get(type(message), ()):
             try:
                 callback(message)
-            except Exception:  # noqa: BLE001 - a subscriber's bug must not cut everybody's connection
+            except Exception:  # a subscriber's bug must not cut everybody's connection
                 log.exception("a subscriber to %s failed", type(message).__name__)
 
     def _adopt(self, engine: EngineReady) -> None:
@@ -344,7 +329,7 @@ class EngineClient:
         if self.away_seconds > self._give_up_seconds:
             for sequence in self._sequences.values():
                 if not sequence.finished:
-                    sequence._fail("engine_unavailable", "The engine did not come back in time; try again later.")
+                    sequence.fail("engine_unavailable", "The engine did not come back in time; try again later.")
 
     def _lost(self) -> None:
         """The connection is gone, and with it every sequence that had begun."""
@@ -361,9 +346,7 @@ class EngineClient:
             if sequence.finished:
                 continue
             if sequence.started:
-                sequence._fail(
-                    "engine_restarted", "The engine restarted while this request was running; send it again."
-                )
+                sequence.fail("engine_restarted", "The engine restarted while this request was running; send it again.")
             else:
                 sequence.attempt += 1
                 survivors[sequence.wire_id] = sequence

@@ -1,0 +1,182 @@
+"""The steps that both generation routes take: which model, how long, into the engine, and out as JSON or as events."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Protocol
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+
+from coserve.server.api.errors import ApiError, from_refusal, internal_error, invalid, model_not_found
+from coserve.server.gateway.disconnects import ClientGone, while_connected
+from coserve.server.gateway.engine_client import SequenceFailed
+from coserve.server.gateway.generation import Generation, GenerationRequest, Piece
+from coserve.server.gateway.refusals import Refused
+from coserve.server.gateway.services import Services
+from coserve.server.gateway.sse import DONE, KEEPALIVE, EventStream, event
+from coserve.server.gateway.text import TooLong
+from coserve.server.store.usage import Usage
+from coserve.server.tenancy.principal import Principal
+from coserve.server.wire.messages import AdapterRef, EngineReady
+
+log = logging.getLogger("coserve.generation")
+
+CLIENT_CLOSED_REQUEST = 499  # nobody is there to see it
+
+# What the engine may say of a sequence: the status, and a text where the engine's own is not for clients.
+_FAILURES: dict[str, tuple[int, str | None]] = {
+    "adapter_invalid": (400, None),
+    "context_length_exceeded": (400, None),
+    "invalid_value": (400, None),
+    "model_not_found": (404, None),
+    "engine_restarted": (503, "The engine restarted while this request was running; send it again."),
+    "engine_unavailable": (503, "The engine is not available; try again in a moment."),
+    "draining": (503, "The server shut down before this request could finish; send it again."),
+    "adapter_unavailable": (503, "The model's adapter could not be loaded; try again in a moment."),
+    "out_of_memory": (503, "The engine had no memory left for this request; try again, or with fewer tokens."),
+}
+
+
+class Shape(Protocol):
+    """The JSON of one route's answers."""
+
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """The stream's chunks that a piece makes."""
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]: ...
+
+    def whole(self, pieces: Sequence[Sequence[Piece]], usage: Usage) -> dict[str, Any]:
+        """The plain answer; `pieces[i]` are all pieces of choice i."""
+
+
+def require_engine(services: Services, principal: Principal, sequences: int) -> EngineReady:
+    """What the engine said of itself; raises 503 or 429 if this many sequences cannot wait for it now."""
+    try:
+        services.generation.admission.check(principal.tenant, sequences)
+    except Refused as refused:
+        services.metrics.refused()
+        raise from_refusal(refused) from None
+    engine = services.engine.known
+    if engine is None:
+        raise RuntimeError("work was admitted before any engine was known")
+    return engine
+
+
+async def resolve_model(services: Services, principal: Principal, model: str) -> AdapterRef | None:
+    """The adapter version that answers for `model` from now on, None for the base. Raises 404."""
+    if model == services.settings.base_model_id:
+        return None
+    resolved = await services.store.models.resolve(principal.tenant, model)
+    if resolved is None:
+        raise model_not_found(model)
+    return AdapterRef(resolved.digest, resolved.path)
+
+
+def truncated(ids: tuple[int, ...], keep: int | None) -> tuple[int, ...]:
+    return ids if keep is None else ids[-keep:]
+
+
+def completion_length(prompt_tokens: int, asked: int | None, default: int | None, context: int, param: str) -> int:
+    """How many tokens may be made; `default` None is all that the context leaves. Raises 400 if it has no room."""
+    left = context - prompt_tokens
+    if asked is None:
+        if left < 1:
+            raise context_exceeded(context, f"{prompt_tokens}", prompt_tokens + 1, 1, param)
+        return left if default is None else min(default, left)
+    if asked > left:
+        raise context_exceeded(context, f"{prompt_tokens}", prompt_tokens + asked, asked, param)
+    return asked
+
+
+def context_exceeded(context: int, prompt: str, total: int, completion: int, param: str) -> ApiError:
+    return invalid(
+        f"This model's maximum context length is {context} tokens. However, you requested {total} tokens "
+        f"({prompt} in the prompt, {completion} for the completion). Please shorten the prompt or ask for less.",
+        param,
+        code="context_length_exceeded",
+    )
+
+
+def too_long(error: TooLong, context: int, param: str) -> ApiError:
+    return context_exceeded(context, f"at least {error.at_least}", error.at_least, 0, param)
+
+
+def failure(failed: SequenceFailed) -> ApiError:
+    """The error of a sequence that ended without a result."""
+    status, text = _FAILURES.get(failed.code, (500, None))
+    if status == 500:
+        log.error("the engine failed a sequence: %s: %s", failed.code, failed.message)
+        return internal_error()
+    headers = {"retry-after-ms": "1000"} if status == 503 else None
+    return ApiError(status, text or failed.message, code=failed.code, headers=headers)
+
+
+async def answer(
+    request: Request,
+    services: Services,
+    generation_request: GenerationRequest,
+    shape: Shape,
+    *,
+    arrived: float,
+    stream: bool,
+    include_usage: bool,
+    headers: Mapping[str, str],
+) -> Response:
+    """Runs a request to its end for as long as the client is there."""
+    service = services.generation
+    try:
+        generation = service.start(generation_request, arrived)
+    except Refused as refused:
+        services.metrics.refused()
+        raise from_refusal(refused) from None
+    keepalive = services.settings.keepalive_seconds
+    try:
+        if stream:
+            # The first news decides between an error's status and a stream; a long queue begins it with a heartbeat.
+            first = await while_connected(request.receive, generation.next(keepalive))
+            chunks = _events(services, generation, shape, first, include_usage)
+            return EventStream(chunks, lambda: service.drop(generation), headers)
+        pieces = await while_connected(request.receive, _all_pieces(generation, keepalive))
+    except ClientGone:
+        service.drop(generation)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    except SequenceFailed as failed:
+        service.drop(generation)
+        raise failure(failed) from None
+    except BaseException:
+        service.drop(generation)
+        raise
+    await service.finish(generation)
+    return JSONResponse(shape.whole(pieces, generation.usage), headers=dict(headers))
+
+
+async def _all_pieces(generation: Generation, timeout: float) -> list[list[Piece]]:
+    pieces: list[list[Piece]] = [[] for _ in generation.choices]
+    while not generation.done:
+        for piece in await generation.next(timeout):
+            pieces[piece.index].append(piece)
+    return pieces
+
+
+async def _events(
+    services: Services, generation: Generation, shape: Shape, first: list[Piece], include_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    nothing: dict[str, Any] = {"usage": None} if include_usage else {}
+    try:
+        pieces = first
+        while True:
+            chunks = [event({**chunk, **nothing}) for piece in pieces for chunk in shape.chunks(piece)]
+            yield b"".join(chunks) if chunks else KEEPALIVE
+            if generation.done:
+                break
+            pieces = await generation.next(services.settings.keepalive_seconds)
+        await services.generation.finish(generation)
+        yield (event(shape.usage_chunk(generation.usage)) if include_usage else b"") + DONE
+    except SequenceFailed as failed:
+        yield event(failure(failed).body())
+    except Exception:
+        # a stream that merely stopped would look complete to the client
+        log.exception("the stream of %s failed", generation.request.id)
+        yield event(internal_error().body())

@@ -1,0 +1,84 @@
+"""`/v1/models`: the base model and what the tenant's own adapters add to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from coserve.server.api.auth import Caller
+from coserve.server.api.dependencies import ServicesOf
+from coserve.server.api.errors import invalid, model_not_found
+from coserve.server.gateway.refusals import NotFound
+from coserve.server.gateway.services import Services
+from coserve.server.store.adapters import Adapter
+from coserve.server.tenancy.principal import Principal
+
+router = APIRouter(tags=["models"])
+
+_PAGE = 200
+
+
+@router.get("/v1/models")
+async def list_models(services: ServicesOf, principal: Caller) -> dict[str, Any]:
+    """The base first, then the tenant's adapters that can answer, newest first; always all of them."""
+    found = [_base(services)]
+    after: str | None = None
+    while True:
+        page = await services.store.adapters.list(principal.tenant, after=after, limit=_PAGE)
+        for adapter in page.items:
+            if await services.store.adapters.newest_version(principal.tenant, adapter.id) is not None:
+                found.append(_adapter(services, principal, adapter))
+        if not page.has_more:
+            break
+        after = page.items[-1].id
+    return {"object": "list", "data": found, "has_more": False}
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(model: str, services: ServicesOf, principal: Caller) -> dict[str, Any]:
+    if model == services.settings.base_model_id:
+        return _base(services)
+    resolved = await services.store.models.resolve(principal.tenant, model)
+    if resolved is None:
+        raise model_not_found(model)
+    adapter = await services.store.adapters.get(principal.tenant, resolved.adapter_id) if resolved.adapter_id else None
+    if adapter is None:  # a job's checkpoint
+        job = await services.store.jobs.get(principal.tenant, resolved.job_id) if resolved.job_id else None
+        return _model(services, model, job.created_at if job else 0, principal.tenant_name, adapted=True)
+    return _adapter(services, principal, adapter) | {"id": model}
+
+
+@router.delete("/v1/models/{model:path}")
+async def delete_model(model: str, services: ServicesOf, principal: Caller) -> dict[str, Any]:
+    """Deletes an adapter by any of its names. Requests that use it finish; new ones get 404."""
+    if model == services.settings.base_model_id:
+        raise invalid("The base model cannot be deleted.", "model")
+    try:
+        await services.adapters.delete(principal.tenant, model)
+    except NotFound:
+        raise model_not_found(model) from None
+    return {"id": model, "object": "model", "deleted": True}
+
+
+def _base(services: Services) -> dict[str, Any]:
+    return _model(services, services.settings.base_model_id, services.started_at, "coserve", adapted=False)
+
+
+def _adapter(services: Services, principal: Principal, adapter: Adapter) -> dict[str, Any]:
+    model_id = adapter.fine_tuned_model or adapter.name
+    return _model(services, model_id, adapter.created_at, principal.tenant_name, adapted=True)
+
+
+def _model(services: Services, model_id: str, created: int, owner: str, *, adapted: bool) -> dict[str, Any]:
+    base = services.settings.base_model_id
+    engine = services.engine.known
+    return {
+        "id": model_id,
+        "object": "model",
+        "created": created,
+        "owned_by": owner,
+        "root": base,
+        "parent": base if adapted else None,
+        "max_model_len": engine.max_model_len if engine else None,
+    }

@@ -1,0 +1,304 @@
+"""One generation request from admission to its ledger row: its sequences in the engine, the pieces of text they give.
+
+Assumes a validated request. Nothing here knows HTTP: routes read pieces and put them in their own shapes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from coserve.server.gateway.admission import Admission, Place
+from coserve.server.gateway.detokenizer import Detokenizer
+from coserve.server.gateway.engine_client import EngineClient, EngineSequence, SequenceFailed, Update
+from coserve.server.gateway.stop_strings import StopScanner
+from coserve.server.gateway.text import TextModel
+from coserve.server.store.store import Store
+from coserve.server.store.usage import Usage
+from coserve.server.telemetry.metrics import Metrics
+from coserve.server.wire.messages import AdapterRef, Generate, SamplingParams, TokenLogprob
+
+log = logging.getLogger("coserve.generation")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A request as the engine's sequences will need it. Choice i of prompt p has index p * n + i."""
+
+    id: str
+    tenant: str
+    salt: str
+    model: str  # as asked for; goes to the ledger
+    adapter: AdapterRef | None
+    prompts: tuple[tuple[int, ...], ...]
+    n: int
+    sampling: SamplingParams  # of choice 0
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special: bool = True
+    continues_prompt: bool = False  # the text goes on from the prompt's, rather than standing for itself
+    prompt_only: bool = False  # the one token that the engine must make is not part of the answer
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one choice gained: text that is final, and the tokens that it, or text still held back, came from."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    offsets: tuple[int, ...]  # where each token's text begins in the choice's text, in characters
+    prompt_logprobs: tuple[TokenLogprob | None, ...]
+    finish_reason: str | None
+    stop_reason: str | int | None = None  # the stop string, or the stop token that the client gave
+
+
+class Choice:
+    """The text of one sequence: detokenized, searched for stop strings, cut at the end."""
+
+    def __init__(self, index: int, request: GenerationRequest, detokenizer: Detokenizer) -> None:
+        self.index = index
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.done = False
+        self._request = request
+        self._detokenizer = detokenizer
+        self._scanner = StopScanner(request.stop, include=request.include_stop)
+        self._length = 0  # characters of all tokens so far, shown or held back
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._offsets: list[int] = []
+        self._prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+
+    def accept(self, update: Update) -> Piece | None:
+        """The piece that an update makes; None while all of its text has to wait."""
+        self.cached_tokens = update.cached_tokens
+        self._prompt_logprobs = update.prompt_logprobs or self._prompt_logprobs
+        if self._request.prompt_only:
+            self.done = update.finish_reason is not None
+            return self._piece("", "length", None) if self.done else None
+        shown: list[str] = []
+        last = len(update.token_ids) - 1
+        for position, token_id in enumerate(update.token_ids):
+            self._note(token_id, update, position)
+            visible = not (update.stop_token and position == last) or self._request.include_stop
+            text = self._detokenizer.feed(token_id) if visible else ""
+            self._length += len(text)
+            shown.append(self._scan(text))
+            if self._scanner.hit is not None:
+                self.done = True
+                return self._piece("".join(shown), "stop", self._scanner.hit)
+        if update.finish_reason is not None:
+            self.done = True
+            shown.append(self._scan(self._detokenizer.finish()))
+            if self._scanner.hit is not None:
+                return self._piece("".join(shown), "stop", self._scanner.hit)
+            shown.append(self._scanner.finish())
+            return self._piece("".join(shown), update.finish_reason, self._stop_token(update))
+        text = "".join(shown)
+        return self._piece(text, None, None) if text or self._prompt_logprobs else None
+
+    def _scan(self, text: str) -> str:
+        if self.completion_tokens <= self._request.sampling.min_tokens and self._request.sampling.min_tokens:
+            return self._scanner.pass_through(text)
+        return self._scanner.feed(text)
+
+    def _note(self, token_id: int, update: Update, position: int) -> None:
+        self.completion_tokens += 1
+        self._token_ids.append(token_id)
+        self._offsets.append(self._length)
+        if update.logprobs:
+            self._logprobs.append(update.logprobs[position])
+
+    def _stop_token(self, update: Update) -> int | None:
+        if not update.stop_token or not update.token_ids:
+            return None
+        return update.token_ids[-1]
+
+    def _piece(self, text: str, finish_reason: str | None, stop_reason: str | int | None) -> Piece:
+        piece = Piece(
+            self.index, text, tuple(self._token_ids), tuple(self._logprobs), tuple(self._offsets),
+            self._prompt_logprobs, finish_reason, stop_reason,
+        )  # fmt: skip
+        self._token_ids, self._logprobs, self._offsets, self._prompt_logprobs = [], [], [], ()
+        return piece
+
+
+class Generation:
+    """A running request. Read `next` until `done`, then `finish`; `abandon` at any moment ends it in the engine."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        choices: Sequence[Choice],
+        start: Callable[[Generate, asyncio.Event], EngineSequence],
+        admission: Admission,
+        place: Place,
+        leave: ExitStack,
+        arrived: float,
+    ) -> None:
+        self.request = request
+        self.choices = tuple(choices)
+        self.arrived = arrived
+        self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
+        self.failed = False
+        self._admission = admission
+        self._place = place
+        self._leave = leave
+        self._news = asyncio.Event()
+        self._waiting = {choice.index for choice in choices}
+        self._sequences: dict[int, EngineSequence] = {}
+        for choice in choices:
+            prompt = request.prompts[choice.index // request.n]
+            message = Generate(
+                request_id=f"{request.id}/{choice.index}",
+                tenant=request.tenant,
+                prompt_ids=prompt,
+                sampling=replace(request.sampling, choice=choice.index % request.n),
+                adapter=request.adapter,
+                salt=request.salt,
+                arrived=arrived,
+            )
+            self._sequences[choice.index] = start(message, self._news)
+
+    @property
+    def done(self) -> bool:
+        return all(choice.done for choice in self.choices)
+
+    async def next(self, timeout: float) -> list[Piece]:
+        """New pieces, at least one; an empty list after `timeout` seconds without any. Raises SequenceFailed."""
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    self._news.clear()
+                    pieces = self._collect()
+                    if pieces:
+                        return pieces
+                    await self._news.wait()
+        except TimeoutError:
+            return []
+
+    def _collect(self) -> list[Piece]:
+        pieces: list[Piece] = []
+        for choice in self.choices:
+            if choice.done:
+                continue
+            sequence = self._sequences[choice.index]
+            try:
+                update = sequence.take()
+            except SequenceFailed:
+                self.failed = True
+                raise
+            if update is None:
+                continue
+            if choice.index in self._waiting:
+                self._waiting.discard(choice.index)
+                self._admission.started(self._place)
+            self.last_token_at = time.monotonic()
+            self.first_token_at = self.first_token_at or self.last_token_at
+            piece = choice.accept(update)
+            if piece is not None:
+                pieces.append(piece)
+            if choice.done:
+                sequence.close()  # a stop string may have ended it while the engine still runs it
+        return pieces
+
+    def fail(self, code: str, message: str) -> None:
+        """Ends it for its reader, who gets SequenceFailed."""
+        for sequence in self._sequences.values():
+            sequence.close()
+            sequence.fail(code, message)
+
+    def abandon(self) -> None:
+        """Ends what still runs and gives the place in the queue back. Idempotent, never waits."""
+        for sequence in self._sequences.values():
+            sequence.close()
+        self._leave.close()
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far. A prompt with n choices counts once; so do the tokens it found in the cache."""
+        first_choices = [choice for choice in self.choices if choice.index % self.request.n == 0]
+        return Usage(
+            request_id=self.request.id,
+            model=self.request.model,
+            prompt_tokens=sum(len(prompt) for prompt in self.request.prompts),
+            cached_tokens=sum(choice.cached_tokens for choice in first_choices),
+            completion_tokens=sum(choice.completion_tokens for choice in self.choices),
+        )
+
+
+class GenerationService:
+    """Starts generations and closes their books."""
+
+    def __init__(
+        self, engine: EngineClient, text: TextModel, store: Store, admission: Admission, metrics: Metrics
+    ) -> None:
+        self._engine = engine
+        self._text = text
+        self._store = store
+        self._metrics = metrics
+        self._running: dict[str, Generation] = {}
+        self._writes: set[asyncio.Task[None]] = set()
+        self.admission = admission
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def start(self, request: GenerationRequest, arrived: float) -> Generation:
+        """Sends the request's sequences to the engine. Raises QueueFull, Unavailable."""
+        sequences = len(request.prompts) * request.n
+        leave = ExitStack()
+        place = leave.enter_context(self.admission.enter(request.tenant, sequences))
+        choices = []
+        for index in range(sequences):
+            prompt = request.prompts[index // request.n]
+            continues = prompt if request.continues_prompt else ()
+            choices.append(Choice(index, request, self._text.detokenizer(request.skip_special, continues)))
+        generation = Generation(request, choices, self._engine.generate, self.admission, place, leave, arrived)
+        self._running[request.id] = generation
+        return generation
+
+    async def finish(self, generation: Generation) -> None:
+        """Closes a generation and returns once its ledger row is on disk. Idempotent; also right after a failure."""
+        generation.abandon()
+        if self._running.pop(generation.request.id, None) is None:
+            return
+        self._metrics.finished(generation, self._engine.known)
+        write = asyncio.create_task(self._record(generation))
+        self._writes.add(write)
+        write.add_done_callback(self._writes.discard)
+        await asyncio.shield(write)
+
+    def drop(self, generation: Generation) -> None:
+        """The same for a caller that may not wait: the row is written in the background."""
+        generation.abandon()
+        if self._running.pop(generation.request.id, None) is not None:
+            self._metrics.finished(generation, self._engine.known)
+            write = asyncio.create_task(self._record(generation))
+            self._writes.add(write)
+            write.add_done_callback(self._writes.discard)
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Waits until nothing runs, at most `grace_seconds`; then ends the rest, and writes what is left to write."""
+        deadline = time.monotonic() + grace_seconds
+        while self._running and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        for generation in list(self._running.values()):
+            generation.fail("draining", "The server is shutting down before this request could finish.")
+            self.drop(generation)
+        await asyncio.gather(*self._writes, return_exceptions=True)
+
+    async def _record(self, generation: Generation) -> None:
+        try:
+            await self._store.usage.record(generation.request.tenant, generation.usage)
+        except Exception:
+            # the answer is right and may still be sent; only the books miss a row, and the operator must know
+            log.exception("the ledger row of %s could not be written", generation.request.id)

@@ -6,6 +6,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 from typing import IO
+from urllib.parse import quote
 
 import click
 
@@ -65,7 +66,7 @@ def download(adapter: str, output: Path | None) -> None:
     if target.exists():
         raise click.UsageError(f"{target} exists: give another folder with --output")
     with tempfile.TemporaryFile() as archive:
-        Remote().download(f"/adapters/{adapter}/download", archive)
+        Remote().download(f"/adapters/{quote(adapter)}/download", archive)
         archive.seek(0)
         unpack(archive, target)
     click.echo(str(target))
@@ -75,7 +76,7 @@ def download(adapter: str, output: Path | None) -> None:
 @click.argument("adapter", metavar="ADAPTER")
 def delete(adapter: str) -> None:
     """Delete ADAPTER, all its versions; requests that run on it end well."""
-    Remote().delete(f"/adapters/{adapter}")
+    Remote().delete(f"/adapters/{quote(adapter)}")
     click.echo(f"{adapter}: deleted")
 
 

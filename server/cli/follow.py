@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import click
 
@@ -92,7 +93,7 @@ def _until_ended(remote: Remote, job_id: str, view: View) -> dict[str, Any]:
     silent_since: float | None = None
     while True:
         try:
-            job = remote.get(f"/fine_tuning/jobs/{job_id}")
+            job = remote.get(f"/fine_tuning/jobs/{quote(job_id)}")
             events = list(new_events(remote, job_id, seen))
             silent_since = None
         except RemoteError as error:
@@ -122,7 +123,7 @@ def new_events(remote: Remote, job_id: str, seen: str | None) -> Iterator[dict[s
     found: list[dict[str, Any]] = []
     after = None
     while True:
-        page = remote.get(f"/fine_tuning/jobs/{job_id}/events", after=after, limit=100)
+        page = remote.get(f"/fine_tuning/jobs/{quote(job_id)}/events", after=after, limit=100)
         for event in page["data"]:
             if event["id"] == seen:
                 return reversed(found)

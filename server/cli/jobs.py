@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from typing import Any
+from urllib.parse import quote
 
 import click
 
@@ -37,7 +38,7 @@ def list_jobs(limit: int, as_json: bool) -> None:
 @_JSON
 def show(job_id: str, as_json: bool) -> None:
     """One job: status, progress, loss, result, error."""
-    _show(Remote().get(f"/fine_tuning/jobs/{job_id}"), as_json)
+    _show(Remote().get(f"/fine_tuning/jobs/{quote(job_id)}"), as_json)
 
 
 @command.command("follow")
@@ -55,7 +56,7 @@ def follow(job_id: str) -> None:
 @_JSON
 def events(job_id: str, limit: int, as_json: bool) -> None:
     """What happened, newest first."""
-    found = Remote().pages(f"/fine_tuning/jobs/{job_id}/events", limit)
+    found = Remote().pages(f"/fine_tuning/jobs/{quote(job_id)}/events", limit)
     if as_json:
         show_json(found)
         return
@@ -68,7 +69,7 @@ def events(job_id: str, limit: int, as_json: bool) -> None:
 @_JSON
 def checkpoints(job_id: str, as_json: bool) -> None:
     """Checkpoints that can be asked as models, also while the job runs."""
-    found = Remote().pages(f"/fine_tuning/jobs/{job_id}/checkpoints")
+    found = Remote().pages(f"/fine_tuning/jobs/{quote(job_id)}/checkpoints")
     if as_json:
         show_json(found)
         return
@@ -81,7 +82,7 @@ def _action(name: str, text: str) -> None:
     @_JOB
     @_JSON
     def act(job_id: str, as_json: bool) -> None:
-        job = Remote().post(f"/fine_tuning/jobs/{job_id}/{name}")
+        job = Remote().post(f"/fine_tuning/jobs/{quote(job_id)}/{name}")
         if as_json:
             show_json(job)
             return

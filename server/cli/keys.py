@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import click
 
 from coserve.server.cli.output import show_json, show_table, when
@@ -26,7 +28,7 @@ def create(tenant: str, name: str | None, as_json: bool) -> None:
     if as_json:
         show_json(key)
         return
-    click.echo(key["value"])
+    click.echo(key["key"])
     click.echo(f"{key['id']}, of tenant {tenant}; it cannot be shown again", err=True)
 
 
@@ -46,5 +48,5 @@ def list_keys(as_json: bool) -> None:
 @click.argument("key_id", metavar="KEY")
 def delete(key_id: str) -> None:
     """Revoke a key; it stops working at once."""
-    Remote().delete(f"{_PATH}/{key_id}")
+    Remote().delete(f"{_PATH}/{quote(key_id)}")
     click.echo(f"{key_id}: deleted")

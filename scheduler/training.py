@@ -120,7 +120,7 @@ class TrainingPolicy:
         queues = {p: [SweepProgress(s) for s in sweeps if priority_of(s) == p] for p in PRIORITIES}
         queues = {p: [s for s in queue if not s.done] for p, queue in queues.items()}
         alone = load.rows == 0
-        due = next((p for p in PRIORITIES if queues[p] and self._is_due(p, queues[p][0], plan, costs, alone)), None)
+        due = next((p for p in PRIORITIES if queues[p] and self._is_due(p, queues[p][0], plan, costs)), None)
         if due == "low":
             order = queues["low"][:1] + queues["normal"] + queues["low"][1:]
         else:
@@ -146,31 +146,23 @@ class TrainingPolicy:
             # itself for an hour is not held back for it when streams come.
             self._owed[p] = max(owed, -self._config.itl_seconds)
 
-    def _is_due(self, p: str, sweep: SweepProgress, plan: TrainingPlan, costs: Costs, alone: bool) -> bool:
-        owed = self._owed[p]
-        if owed <= 0.0:
-            return False
-        window = None if alone else self._config.min_window
-        return self._least(sweep, plan, costs, window) <= owed
+    def _is_due(self, p: str, sweep: SweepProgress, plan: TrainingPlan, costs: Costs) -> bool:
+        return self._owed[p] > 0.0 and self._next_whole(sweep, plan, costs) <= self._owed[p]
 
-    def _least(self, sweep: SweepProgress, plan: TrainingPlan, costs: Costs, window: int | None) -> float:
-        """Mean seconds of the smallest next unit; of the whole one where cuts are fixed (`window` None)."""
+    def _next_whole(self, sweep: SweepProgress, plan: TrainingPlan, costs: Costs) -> float:
+        """Mean seconds of the sweep's next unit at its full size. The floor pays for whole units only: one late
+        iteration for 64 label rows, not eight for eight rows each, which take four times as long together."""
         layers = sweep.state.layers
-        if not sweep.forward_done:
-            tokens = sweep.next_forward()
-            if window is None:
-                return costs.slice(tokens, layers, layers)[0]
-            tokens = tokens if sweep.partial_tokens else min(tokens, window)
-            least = costs.slice(tokens, 1, layers)[0]
-            if sweep.can_ride():
-                ride = costs.base(plan.load.with_ride(sweep.state, tokens))[0] - plan.base[0]
-                least = min(least, ride)
-            return least
         rows = sweep.next_head(self._config.head_rows)
-        if rows:
-            return costs.head(rows if window is None else min(rows, window))[0]
-        tokens = sweep.next_backward()
-        return costs.backward(tokens if window is None else min(tokens, window), sweep.rows_before_backward)[0]
+        if sweep.forward_done and rows:
+            return costs.head(rows)[0]
+        if sweep.forward_done:
+            tokens = sweep.next_backward()
+            return costs.backward(tokens, sweep.rows_before_backward - tokens)[0]
+        tokens = sweep.next_forward()
+        if sweep.can_ride():
+            return costs.base(plan.load.with_ride(sweep.state, tokens))[0] - plan.base[0]
+        return costs.slice(tokens, layers - sweep.partial_layer, layers)[0]
 
     # Training alone: fixed cuts.
 

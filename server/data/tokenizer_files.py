@@ -1,5 +1,6 @@
 """Reads the tokenizer's files of a model folder, the way transformers reads them, without importing it.
 
+The start and end tokens of a text are those of tokenizer.json: add_bos_token and add_eos_token beside it do not count.
 The folder is the operator's, not a tenant's; still nothing in it is executed except the sandboxed chat template.
 """
 
@@ -13,7 +14,6 @@ from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
-from tokenizers.processors import TemplateProcessing
 
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -42,7 +42,6 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     }
     backend = _read_backend(folder / "tokenizer.json")
     _add_missing_tokens(backend, config, specials)
-    _set_edge_tokens(backend, config, specials)
     return TokenizerFiles(backend, specials, _read_template(folder, config), _stop_ids(folder))
 
 
@@ -80,20 +79,6 @@ def _add_missing_tokens(backend: Backend, config: Mapping[str, Any], specials: M
             backend.add_special_tokens([token])
         else:
             backend.add_tokens([token])
-
-
-def _set_edge_tokens(backend: Backend, config: Mapping[str, Any], specials: Mapping[str, str]) -> None:
-    """Honour add_bos_token and add_eos_token, which overrule the post-processor of tokenizer.json."""
-    stated = "add_bos_token" in config or "add_eos_token" in config
-    if not stated and backend.post_processor is not None:
-        return
-    bos = specials.get("bos_token") if config.get("add_bos_token") else None
-    eos = specials.get("eos_token") if config.get("add_eos_token") else None
-    single = " ".join(([f"{bos}:0"] if bos else []) + ["$A:0"] + ([f"{eos}:0"] if eos else []))
-    pair = " ".join([single] + ([f"{bos}:1"] if bos else []) + ["$B:1"] + ([f"{eos}:1"] if eos else []))
-    backend.post_processor = TemplateProcessing(
-        single=single, pair=pair, special_tokens=[(text, backend.token_to_id(text)) for text in (bos, eos) if text]
-    )
 
 
 def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -113,7 +113,7 @@ THINKING = """\
 INSTRUCT = """\
 {%- macro turn(message) -%}
     {%- if message.role == 'user' -%}[INST] {{ message.content }} [/INST]
-    {%- elif message.role == 'assistant' -%} {{ message.content }}{{ eos_token }}
+    {%- elif message.role == 'assistant' -%}{{ ' ' ~ message.content ~ eos_token }}
     {%- endif -%}
 {%- endmacro -%}
 {{ bos_token }}

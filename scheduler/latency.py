@@ -10,13 +10,15 @@ that it has not seen for a while.
     e = y − θ·x,   s = xᵀPx,   R = (ρ·max(θ·x, y))²        ρ: recent relative spread of such parts
     θ ← θ + Px·e / (s + R), projected on θ ≥ 0,   P ← P − Px·xᵀP / (s + R)
 
-- *Forgetting is directional*: only the rows and columns of P that x excites are inflated (by 1/√λ each), and never over
-  their prior variance. Plain forgetting inflates everything, and a shape not seen for a minute would then be relearned
-  from one noisy sample.
+- *Forgetting is directional*: after the update P grows again, but only along Px, so that xᵀPx settles at R·(1/λ − 1).
+  Plain forgetting inflates P everywhere: what calibration found out about small units would be lost within minutes of
+  running large ones, and then never be tried again for its uncertainty.
 - *Outliers*: |e| is clipped at 3·√(s+R), so a stall of the machine moves θ a little. Three in a row on the same side
-  are no accident but a change of speed: they count in full, and P opens up where they were seen.
-- *Prior*: the relative costs of rows and units measured on a CPU, with a standard deviation of their own size. The
-  first observation sets the scale of all of them, the first one of a part on its own the scale of that kind of part.
+  are no accident but a change of speed: they count in full, and the excited rows and
+  columns of P grow, at most to their prior variance.
+- *Prior*: the relative costs of rows and units measured on a CPU, with a standard deviation of their own size and
+  one of twice that for the scale of each kind of part. The first observation sets the scale of all of them, the first
+  one of a part on its own the scale of that kind.
 - *Upper estimate*: factor · θ·x + √(xᵀPx), summed over parts; factor = (the configured quantile of the last 64
   measured/predicted ratios) · boost. After an iteration longer than its upper estimate, boost grows by the same
   ratio (at most 1.5x at once); it decays by a tenth an iteration. Sums of upper estimates are upper estimates, so a
@@ -36,7 +38,7 @@ from coserve.scheduler.features import PlanFeatures, Vector
 
 _SMALLEST_SPREAD = 0.02
 _SMALLEST_FACTOR = 1.02
-_DRIFT = 1e-5  # of the prior variance, an observation
+_FLOOR = 1e-6  # of the prior variance: less than that is rounding
 _LARGEST_FACTOR = 2.0
 _LARGEST_BOOST = 3.0
 _BLOCKS = {
@@ -51,11 +53,10 @@ _BLOCKS = {
 class LatencyModel:
     def __init__(self, quantile: float, forgetting: float) -> None:
         self._quantile = quantile
-        self._growth = 1.0 / sqrt(forgetting)
+        self._forgetting = 1.0 / forgetting - 1.0
         self._theta = _prior()
-        deviation = self._theta + 0.02
-        self._prior_variance = deviation * deviation
-        self._covariance = np.diag(self._prior_variance)
+        self._covariance = _prior_covariance(self._theta)
+        self._prior_variance = np.diagonal(self._covariance).copy()
         self._scaled: set[str] = set()
         self._spread: dict[str, float] = {}
         self._last_relative: dict[str, float] = {}
@@ -196,12 +197,11 @@ class LatencyModel:
             self._spread[kind] = max(_SMALLEST_SPREAD, 0.98 * spread + 0.02 * 0.886 * change)
         total = uncertainty + noise
         self._theta += gain * (error / total)
-        covariance -= np.outer(gain, gain) / total
-        # Rounding makes P a little asymmetric, and forgetting multiplies that without bound (seen after 1,500 updates).
-        covariance += covariance.T.copy()
-        covariance *= 0.5
+        # The update takes gain·gainᵀ/total away; forgetting gives back, in the same direction only, what keeps xᵀPx
+        # from falling under noise·(1/λ − 1).
+        forgotten = self._forgetting * noise / uncertainty if uncertainty > 0.0 else 0.0
+        covariance += np.outer(gain, gain) * ((forgotten - 1.0) / total)
         self._project()
-        self._inflate(excited, self._growth)
 
     def _project(self) -> None:
         """Bring θ back to θ ≥ 0 where P says it costs least: the other coefficients take over what a negative one
@@ -211,20 +211,31 @@ class LatencyModel:
             i = int(np.argmin(theta))
             if theta[i] >= 0.0:
                 return
-            if covariance[i, i] > 0.1 * _DRIFT * self._prior_variance[i]:
+            if covariance[i, i] > 0.1 * _FLOOR * self._prior_variance[i]:
                 theta -= covariance[i] * (theta[i] / covariance[i, i])
             theta[i] = 0.0
         np.maximum(theta, 0.0, out=theta)
 
     def _inflate(self, excited: Vector, growth: float) -> None:
         """Scale the excited rows and columns of the covariance, none over its prior variance; and add a little to
-        their diagonal, which keeps it positive definite against rounding."""
-        diagonal = self._covariance.reshape(-1)[:: at.SIZE + 1]
-        diagonal += np.where(excited, _DRIFT * self._prior_variance, 0.0)
+        their diagonal, which keeps it positive definite against rounding. Scaling would also multiply any asymmetry."""
+        covariance = self._covariance
+        covariance += covariance.T.copy()
+        covariance *= 0.5
+        diagonal = covariance.reshape(-1)[:: at.SIZE + 1]
+        diagonal += np.where(excited, _FLOOR * self._prior_variance, 0.0)
         scale = np.where(excited, growth, 1.0)
-        scale = np.minimum(scale, np.sqrt(self._prior_variance / np.maximum(diagonal, 1e-9 * self._prior_variance)))
-        self._covariance *= scale[:, None]
-        self._covariance *= scale[None, :]
+        scale = np.minimum(scale, np.sqrt(self._prior_variance / np.maximum(diagonal, _FLOOR * self._prior_variance)))
+        covariance *= scale[:, None]
+        covariance *= scale[None, :]
+
+
+def _prior_covariance(theta: Vector) -> Vector:
+    """A deviation of their own size for single coefficients, and twice that for all of one kind of part together."""
+    covariance = np.diag((theta + 0.002) ** 2)
+    for block in _BLOCKS.values():
+        covariance[block, block] += np.outer(2.0 * theta[block], 2.0 * theta[block])
+    return covariance
 
 
 def _prior() -> Vector:

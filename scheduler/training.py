@@ -45,7 +45,10 @@ def priority_of(sweep: SweepState) -> str:
 
 
 class Costs:
-    """The latency model's answers, each asked once a plan."""
+    """The latency model's answers, each asked once a plan.
+
+    `whole` is the full size of such a unit: a smaller one never takes longer, however little is known about it.
+    """
 
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
@@ -62,15 +65,21 @@ class Costs:
         much better than either)."""
         return self._cost(("base", load), lambda: base_vector(load))
 
-    def head(self, rows: int) -> Cost:
-        return self._cost(("head", rows), lambda: head_vector(rows))
+    def head(self, rows: int, whole: int) -> Cost:
+        cost = self._cost(("head", rows), lambda: head_vector(rows))
+        return cost if rows >= whole else _no_more_than(cost, self.head(whole, whole))
 
-    def backward(self, tokens: int, before: int) -> Cost:
+    def backward(self, tokens: int, before: int, whole: int) -> Cost:
         before = coarse(before)
-        return self._cost(("backward", tokens, before), lambda: backward_vector(tokens, before))
+        cost = self._cost(("backward", tokens, before), lambda: backward_vector(tokens, before))
+        return cost if tokens >= whole else _no_more_than(cost, self.backward(whole, before, whole))
 
     def slice(self, tokens: int, layers: int, of: int) -> Cost:
         return self._cost(("slice", tokens, layers, of), lambda: slice_vector(tokens, layers / of))
+
+
+def _no_more_than(cost: Cost, larger: Cost) -> Cost:
+    return (cost[0], min(cost[1], larger[1]))
 
 
 @dataclass(slots=True)
@@ -155,10 +164,10 @@ class TrainingPolicy:
         layers = sweep.state.layers
         rows = sweep.next_head(self._config.head_rows)
         if sweep.forward_done and rows:
-            return costs.head(rows)[0]
+            return costs.head(rows, self._config.head_rows)[0]
         if sweep.forward_done:
             tokens = sweep.next_backward()
-            return costs.backward(tokens, sweep.rows_before_backward - tokens)[0]
+            return costs.backward(tokens, sweep.rows_before_backward - tokens, sweep.state.window)[0]
         tokens = sweep.next_forward()
         if sweep.can_ride():
             return costs.base(plan.load.with_ride(sweep.state, tokens))[0] - plan.base[0]
@@ -186,7 +195,7 @@ class TrainingPolicy:
                 return False
             plan.add_unit(sweep.forward(tokens, depth), cost)
         elif rows:
-            cost = costs.head(rows)
+            cost = costs.head(rows, self._config.head_rows)
             if cost[1] > left:
                 return False
             plan.add_unit(sweep.head(rows), cost)
@@ -201,7 +210,7 @@ class TrainingPolicy:
             plan.add_ride(sweep.ride(tokens), load, base)
         else:
             tokens = sweep.next_backward()
-            cost = costs.backward(tokens, sweep.rows_before_backward - tokens)
+            cost = costs.backward(tokens, sweep.rows_before_backward - tokens, sweep.state.window)
             if cost[1] > left:
                 return False
             plan.add_unit(sweep.backward(tokens), cost)
@@ -235,7 +244,7 @@ class TrainingPolicy:
         if rows:
             return self._add_head(sweep, rows, plan, left, which, costs)
         for tokens in self._sizes(sweep.next_backward()):
-            cost = costs.backward(tokens, sweep.rows_before_backward - tokens)
+            cost = costs.backward(tokens, sweep.rows_before_backward - tokens, sweep.state.window)
             if cost[which] <= left:
                 plan.add_unit(sweep.backward(tokens), cost)
                 return True
@@ -245,7 +254,7 @@ class TrainingPolicy:
         self, sweep: SweepProgress, rows: int, plan: TrainingPlan, left: float, which: int, costs: Costs
     ) -> bool:
         for size in self._sizes(rows):
-            cost = costs.head(size)
+            cost = costs.head(size, self._config.head_rows)
             if cost[which] <= left:
                 plan.add_unit(sweep.head(size), cost)
                 return True

@@ -59,9 +59,9 @@ def main() -> int:
 async def _serve(settings, socket_path: str, heartbeat: Heartbeat) -> None:  # type: ignore[no-untyped-def]
     import uvicorn
 
+    from coserve.server.api.connection import limited
     from coserve.server.app import create_app
     from coserve.server.gateway.assembly import assemble, drain
-    from coserve.server.api.connection import limited
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager

@@ -94,6 +94,7 @@ class Running:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", RUNNER, str(self.data), str(port), *scripts],
                 stdout=subprocess.PIPE, stderr=err, text=True, env={**os.environ, "TMPDIR": str(tmp)},
+                start_new_session=True,  # a terminal's Ctrl-C goes to a group: here to this one
             )  # fmt: skip
 
     def wait_ready(self) -> str:

@@ -133,6 +133,41 @@ def test_a_second_signal_stops_at_once(launch):
     assert time.monotonic() - start < 1.3
 
 
+def test_ctrl_c_at_the_terminal_is_for_the_supervisor_alone(launch):
+    server = launch(drain=0.1)
+    server.wait_ready()
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert server.exit_code() == 0
+    assert [(n, e) for n, e, _ in server.events(event="end")] == [("gateway", "end"), ("engine", "end")]
+
+
+def test_nobody_is_let_in_while_the_engine_saves_its_jobs(launch):
+    server = launch(drain=0.3)
+    server.wait_ready()
+    server.process.send_signal(signal.SIGTERM)
+    server.until(lambda: server.events("engine", "term"))
+    with pytest.raises(ConnectionRefusedError):
+        server.get()
+    assert server.exit_code() == 0
+
+
+def test_the_next_server_waits_for_the_children_of_a_killed_one(launch):
+    """A child may need a moment to notice that it is alone, and may be in the middle of a write."""
+    slow = launch.child.replace("\nwatch_lifeline()", "") + (
+        "while not os.path.exists(settings['data_dir'] + '/go'): time.sleep(0.02)\n"
+    )
+    first = launch(engine=slow)
+    first.wait_ready()
+    engine = first.pid("engine")
+    first.process.kill()
+    second = launch()
+    time.sleep(0.8)
+    assert [pid for _, _, pid in first.events("engine", "start")] == [engine]
+    (first.data / "go").touch()
+    second.wait_ready()
+    assert not launch.alive(engine)
+
+
 def test_a_signal_while_a_child_waits_to_be_started_again(launch):
     server = launch(engine=launch.child + "heartbeat.beat(); time.sleep(0.02); sys.exit(1)")
     server.until(lambda: len(server.events("engine", "start")) > 3)

@@ -182,7 +182,7 @@ def job_object(job: Job, organization: str) -> dict[str, Any]:
         "finished_at": job.finished_at,
         "fine_tuned_model": job.fine_tuned_model if succeeded else None,
         "hyperparameters": job.hyperparameters,
-        "estimated_finish": job.estimated_finish,
+        "estimated_finish": job.estimated_finish if job.status == "running" else None,
         "integrations": [],
         "metadata": job.metadata,
         "method": job.method,

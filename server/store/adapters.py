@@ -180,11 +180,12 @@ class Adapters:
         await self._database.write(update)
 
     async def all_deleted_versions_for_recovery(self) -> tuple[AdapterVersion, ...]:
-        """Deleted versions, of all tenants, whose folders may still be there."""
+        """Deleted versions, of all tenants, whose folders may still be there and are no live version's."""
 
         def find(connection: sqlite3.Connection) -> tuple[AdapterVersion, ...]:
             rows = connection.execute(
-                "SELECT * FROM adapter_versions WHERE deleted = 1 AND files_gone = 0 ORDER BY seq"
+                "SELECT * FROM adapter_versions WHERE deleted = 1 AND files_gone = 0"
+                " AND path NOT IN (SELECT path FROM adapter_versions WHERE deleted = 0) ORDER BY seq"
             )
             return tuple(version_of(row) for row in rows)
 

@@ -130,6 +130,12 @@ def test_the_turn_end_of_each_family(tmp_path, family):
     assert ours.stop_ids == {ours.eos_id, ours.token_to_id(turn_end)}
 
 
+def test_a_turn_that_ends_in_plain_text_has_no_stop_id(tmp_path):
+    save_chat_tokenizer(tmp_path, "{% for m in messages %}{{ m.role }}: {{ m.content }} End. {% endfor %}")
+    ours = Tokenizer.from_folder(tmp_path)
+    assert ours.stop_ids == {ours.eos_id}
+
+
 def test_the_default_template(tmp_path):
     save_chat_tokenizer(tmp_path)
     ours = Tokenizer.from_folder(tmp_path)

@@ -225,6 +225,18 @@ def test_an_adapter_deleted_under_its_job_comes_back_with_the_next_version(store
     assert asyncio.run(store.models.resolve(store.a, "ft:tiny:alpha::x")).digest == "2" * 64
 
 
+def test_a_deleted_version_that_is_published_again_is_live_and_its_folder_is_kept(store):
+    job = make(store, store.a, "running", fine_tuned_model="ft:tiny:alpha::x")
+    same = NewVersion("1" * 64, "p1", 8, 1)
+    first = apply(store, job, 1, version=same)
+    asyncio.run(store.adapters.delete(store.a, first.job.adapter_id))
+    assert [one.path for one in asyncio.run(store.adapters.all_deleted_versions_for_recovery())] == ["p1"]
+    second = apply(store, job, 2, version=same)
+    assert second.version.number == 2
+    assert asyncio.run(store.models.resolve(store.a, "ft:tiny:alpha::x")).digest == "1" * 64
+    assert asyncio.run(store.adapters.all_deleted_versions_for_recovery()) == ()
+
+
 def test_a_pruned_checkpoint_is_not_there_and_a_repeated_step_replaces_its_row(store):
     job = make(store, store.a, "running")
     for seq, step in enumerate((1, 2, 3), start=1):

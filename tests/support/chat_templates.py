@@ -85,6 +85,7 @@ THINKING = """\
     {%- if message.role == "user" or message.role == "system" %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
     {%- elif message.role == "assistant" %}
+        {%- if message.tool_calls is defined %}{{- '[calls]' }}{%- endif %}
         {%- set content = message.content %}
         {%- set reasoning = '' %}
         {%- if message.reasoning_content is defined and message.reasoning_content is not none %}

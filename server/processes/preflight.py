@@ -67,12 +67,13 @@ def take_data_directory(root: Path) -> tuple[DataDirectory, int]:
 def _holder_lives(lock: Path) -> bool:
     """Whether the supervisor that took the lock still runs; if not, only children of it hold on, and not for long."""
     try:
-        os.kill(int(lock.read_text()), 0)
-    except ProcessLookupError:
+        pid = int(lock.read_text())
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
         return False
-    except (OSError, ValueError):
+    except (OSError, ValueError, IndexError):
         return True
-    return True
+    return state not in ("Z", "X")  # ended, and only not yet collected by whoever started it
 
 
 def open_listener(host: str, port: int) -> socket.socket:

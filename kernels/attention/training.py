@@ -76,13 +76,17 @@ def attention_backward(
     With P = exp(S - lse):  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O)),  dQ = c dS K,  dK = c dSᵀ Q.
     Sinks only enter through lse; the sink logits are frozen.
     """
+    heads, kv_heads = q.shape[0], k.shape[0]
     if _flash(q, v, score, sinks):
+        # Torch's kernel has one thread a key head: with fewer of those than threads, repeat them (as a view).
+        repeat = heads // kv_heads if kv_heads < min(heads, torch.get_num_threads()) else 1
+        wide_k, wide_v = (_repeat(t, repeat) for t in (k, v))
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[None], q[None], k[None], v[None], out[None], lse[None], 0.0, mask is None,
+            grad[None], q[None], wide_k[None], wide_v[None], out[None], lse[None], 0.0, mask is None,
             attn_mask=_wide(mask), scale=score.scale,
         )  # fmt: skip
-        return dq[0], dk[0], dv[0]
-    heads, kv_heads = q.shape[0], k.shape[0]
+        dk, dv = (g[0].view(kv_heads, repeat, *g.shape[2:]).sum(1) if repeat > 1 else g[0] for g in (dk, dv))
+        return dq[0], dk, dv
     capped = _scores(q, k, mask, score)
     grad, out = grad.to(capped.dtype), out.to(capped.dtype)
     p = torch.exp(capped - lse[..., None])
@@ -141,6 +145,11 @@ def _lse_with_sinks(scores: Tensor, sinks: Tensor) -> Tensor:
     return torch.logsumexp(torch.cat([scores, sink], -1), -1)
 
 
+def _repeat(t: Tensor, times: int) -> Tensor:
+    """[Hkv, N, D] -> [Hkv * times, N, D], each head `times` times in a row."""
+    return t if times == 1 else t[:, None].expand(-1, times, -1, -1).reshape(t.shape[0] * times, *t.shape[1:])
+
+
 def _expand(t: Tensor, heads: int) -> Tensor:
     """[Hkv, N, D] -> [Hq, N, D]: each key head serves a group of query heads."""
-    return t if t.shape[0] == heads else t.repeat_interleave(heads // t.shape[0], 0)
+    return _repeat(t, heads // t.shape[0])

@@ -52,9 +52,6 @@ class AdapterBook:
     def release(self, ref: AdapterRef) -> None:
         self.pool.release(ref.digest)
 
-    def in_use(self, digest: str) -> bool:
-        return digest in self.pool and self.pool.in_flight(digest) > (digest in self._reserved)
-
     def drop(self, digest: str) -> None:
         """Forget a deleted version that nothing uses."""
         if digest in self._reserved:

@@ -4,7 +4,8 @@ With logits z of a row, p = softmax(z), label c and the row's weight m = 1 / (lo
 
     loss += -m log p_c,      dz = m (p - onehot(c)).
 
-Logits live for one unit only, and the gradient is written over them: one row of a 262k vocabulary is a megabyte.
+Logits live for one unit only: one row of a 262k vocabulary is a megabyte. Fewer passes over them is what counts
+here: log-softmax, its maximum, and exp in place.
 """
 
 from __future__ import annotations
@@ -29,43 +30,31 @@ def run_head_unit(model: BaseModel, sweep: Sweep, rows: int) -> None:
 
     with torch.set_grad_enabled(sweep.backward):
         logits = model.frame.end(hidden)
-    # `.data`: the gradient is written over the logits, which nothing in the head's own backward reads (a head
-    # that did would fail the load-time probe).
-    losses, correct, dz = _cross_entropy(logits.data, targets, steps_weight(steps, logits), sweep.backward)
+    losses, correct, dz = _cross_entropy(logits.detach(), targets, sweep.backward)
     for step, loss, hit in zip(steps, losses.tolist(), correct.tolist(), strict=True):
         step.loss_sum += loss
         step.correct += hit
-    if sweep.backward and dz is not None:
+    if dz is not None:
         (d_hidden,) = torch.autograd.grad(logits, hidden, dz)
+        # A row's weight scales its whole gradient: apply it to H numbers, not to V.
+        weight = torch.tensor([[1.0 / step.loss_tokens] for step in steps], dtype=d_hidden.dtype, device=sweep.device)
         if sweep.dy is None:
             sweep.dy = hidden.new_zeros(sweep.rows, hidden.shape[1])
-        sweep.dy[torch.from_numpy(sweep.label_rows[start:end]).to(sweep.device)] = d_hidden
+        sweep.dy[torch.from_numpy(sweep.label_rows[start:end]).to(sweep.device)] = d_hidden * weight
     sweep.head_rows = end
     if sweep.head_left == 0 and sweep.forward_done:
         sweep.final = None
 
 
-def steps_weight(steps: list, logits: Tensor) -> Tensor:
-    """[R] weight of each row's loss."""
+def _cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """logits [R, V], targets int64 [R] -> -log p [R], hit [R], and p - onehot [R, V] in the logits' dtype."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return torch.tensor([1.0 / step.loss_tokens for step in steps], dtype=wide, device=logits.device)
-
-
-def _cross_entropy(
-    logits: Tensor, targets: Tensor, weight: Tensor, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logits [R, V] (overwritten when it is wide enough), targets int64 [R], weight [R]
-    -> -log p [R], hit int64 [R], and dz [R, V] in the logits' dtype."""
-    z = logits.to(weight.dtype)
-    correct = (z.argmax(-1) == targets).to(torch.int64)
-    peak = z.amax(-1, keepdim=True)
-    chosen = z.gather(1, targets[:, None]).squeeze(1)
-    z = z.sub_(peak).exp_()
-    total = z.sum(-1, keepdim=True)
-    losses = (total.log() + peak).squeeze(1) - chosen
+    log_p = torch.log_softmax(logits, -1, dtype=wide)
+    chosen = log_p.gather(1, targets[:, None]).squeeze(1)
+    correct = chosen >= log_p.amax(-1)
+    losses = -chosen
     if not gradient:
         return losses, correct, None
-    z = z.mul_(weight[:, None] / total)
-    rows = torch.arange(z.shape[0], device=z.device)
-    z[rows, targets] -= weight
-    return losses, correct, z.to(logits.dtype)
+    dz = log_p.exp_()
+    dz[torch.arange(dz.shape[0], device=dz.device), targets] -= 1.0
+    return losses, correct, dz.to(logits.dtype)

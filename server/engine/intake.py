@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from coserve.server.engine.adapters import AdapterBook
@@ -60,7 +60,6 @@ class Intake:
             self._socket.send(event)
         for reply in self._checks.finished():
             self._socket.send(reply)
-        self._load_adapters()
         self._confirm_drops()
         if self._drain_until is not None and (not len(self._requests) or time.monotonic() > self._drain_until):
             self._finish_drain()
@@ -72,9 +71,10 @@ class Intake:
             request.acquired = False
         self._requests.remove(request)
 
-    def _load_adapters(self) -> None:
-        ordered = sorted(self._requests, key=lambda r: r.blocks is None)  # running first, else in order of arrival
-        wanted = [r.message.adapter for r in ordered if r.message.adapter is not None]
+    def load_adapters(self, digests: Iterable[str]) -> None:
+        """Move adapter loads along, for the versions the scheduler wants resident, most urgent first."""
+        known = {r.version: r.message.adapter for r in self._requests if r.message.adapter is not None}
+        wanted = [known[digest] for digest in digests if digest in known]
         for digest, reason in self._adapters.tick(wanted).items():
             for request in [r for r in self._requests if r.version == digest]:
                 self.finish(request)

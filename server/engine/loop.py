@@ -83,7 +83,7 @@ class Engine:
         )
 
     def _prepare(self, plan: Plan) -> None:
-        """Carry out what the plan says of the books: preemptions, refusals, admissions."""
+        """Carry out what the plan says of the books: preemptions, refusals, residency, admissions."""
         for request_id in plan.preempt:
             request = self._requests.get(request_id)
             if request is not None:
@@ -92,6 +92,7 @@ class Engine:
         for request_id in plan.unservable:
             reason = "the sequence needs more K/V blocks than the server has; shorten it, or raise --kv-memory"
             self._fail(request_id, "context_length_exceeded", reason)
+        self._intake.load_adapters(plan.adapters)
         for prefill in plan.prefills:
             request = self._requests.get(prefill.request_id)
             if request is not None:

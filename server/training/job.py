@@ -6,31 +6,28 @@ checkpoint; a job that was killed at any point and opened again ends with the sa
 
 from __future__ import annotations
 
+import logging
 import math
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from coserve.server.training.batches import Batch, BatchSource
-from coserve.server.training.checkpoint import CheckpointState, CheckpointStore, tensors_digest
-from coserve.server.training.durable import is_storage_full, replace_file
-from coserve.server.training.events import EventLog, Record, result_table
+from coserve.server.training.checkpoint import CheckpointState
+from coserve.server.training.durable import is_storage_full
+from coserve.server.training.events import EventLog, Record
 from coserve.server.training.opening import JobError, JobOver, Opened, open_parts
 from coserve.server.training.optimizer import AdamW, lr_at
-from coserve.server.training.peft.folder import version_digest
 from coserve.server.training.peft.lora import LoraPair
 from coserve.server.training.peft.sites import Site
+from coserve.server.training.records import JobRecords, OnEvent
+
+log = logging.getLogger("coserve.training")
 
 MAX_CONSECUTIVE_SKIPS = 5
-PUBLISHED_KEPT = 2  # published folders outlive pruning until two newer ones are there: their readers may be late
-
-OnEvent = Callable[[str, int, Record], None]
-
+NO_ROOM = "Fine-tuning job paused: there is no room left on the disk"
 __all__ = ["JobError", "JobOver", "TrainingJob"]
 
 
@@ -53,19 +50,21 @@ class TrainingJob:
         self.params = parts.params
         self.state = "running"
         self.paused_reason: str | None = None  # "storage_full", or None for a pause that was asked for
-        self._data_dir = data_dir
         self._base_digest = base_digest
         self._base_model_name = base_model_name
-        self._on_event = on_event
-        self._log: EventLog = parts.log
-        self._store: CheckpointStore = parts.store
         self._source: BatchSource = parts.source
         self._progress: CheckpointState = parts.progress
         self._optimizer = AdamW(parts.params, parts.spec.training)
         self._optimizer.restore(parts.optimizer)
-        # Effects on the disk that are still to happen, in order. One that fails for lack of room stays in front.
-        self._effects: deque[Callable[[], None]] = deque()
-        self._announced = set(parts.announced)  # steps whose checkpoint event stands
+        self._records = JobRecords(
+            data_dir,
+            self.job_id,
+            parts.log,
+            parts.store,
+            parts.announced,
+            parts.spec.training.keep_checkpoints,
+            on_event,
+        )
         self._begin_evaluation()
 
     @classmethod
@@ -86,15 +85,25 @@ class TrainingJob:
         """Begin the job in jobs/<job_id>/, or go on from its newest whole checkpoint.
 
         Raises JobOver when its events say that it has ended, and JobError when it cannot run; the latter is also
-        written to its events, as "failed".
+        written to its events, as "failed" (or, with code "storage_full", as "paused").
         """
         folder = data_dir / "jobs" / job_id
         try:
             parts = open_parts(data_dir, job_id, sites, base_digest, device, compute_dtype, vocab_size)
         except JobError as error:
             if folder.is_dir():
-                _record_failure(folder / "events.jsonl", job_id, error, on_event)
+                _record(folder / "events.jsonl", job_id, on_event, "failed", "error", error.message,
+                        {"code": error.code, "message": error.message})  # fmt: skip
             raise
+        except OSError as error:
+            if is_storage_full(error):
+                _record(folder / "events.jsonl", job_id, on_event, "paused", "warn", NO_ROOM,
+                        {"step": 0, "reason": "storage_full"})  # fmt: skip
+                raise JobError("storage_full", NO_ROOM) from error
+            message = f"The job's files cannot be used: {error.strerror}."
+            _record(folder / "events.jsonl", job_id, on_event, "failed", "error", message,
+                    {"code": "storage_error", "message": message})  # fmt: skip
+            raise JobError("storage_error", message) from error
         job = cls(parts, data_dir, base_digest, base_model_name, weight, on_event)
         job._begin(parts)
         return job
@@ -117,7 +126,7 @@ class TrainingJob:
     def next_batch(self) -> Batch | None:
         """The rows to run now; None when the job is not running (it may finish, or pause, in this call)."""
         if self.state == "running":
-            self._run_effects()
+            self._flush()
         while self.state == "running":
             if self._progress.open_step is not None:
                 batch = self._source.evaluation(self.step, self._evaluated_rows)
@@ -192,23 +201,22 @@ class TrainingJob:
         if self.state != "running":
             return
         self.state = "paused"
-        self._effects.append(self._write_checkpoint)
-        self._emit_later("paused", "info", "Fine-tuning job paused", {"step": self.step})
-        self._run_effects()
+        self._checkpoint_later()
+        self._records.emit_later("paused", "info", "Fine-tuning job paused", {"step": self.step})
+        self._flush()
 
     def checkpoint_now(self) -> None:
         """Keep the progress before the process ends; the job goes on from here when it is opened again."""
         if self.state == "running":
-            self._effects.append(self._write_checkpoint)
-            self._run_effects()
+            self._checkpoint_later()
+            self._flush()
 
     def resume(self) -> bool:
         """Go on after a pause in this process: also the retry after "storage_full". Returns whether it runs."""
-        self._run_effects()
-        if self.state == "paused" and not self._effects:
+        if self.state == "paused" and self._flush() and self.state == "paused":
             self.state, self.paused_reason = "running", None
-            self._emit_later("started", "info", f"Fine-tuning job resumed at step {self.step}", self._start_data())
-            self._run_effects()
+            self._start_later()
+            self._flush()
         return self.state == "running"
 
     def cancel(self) -> None:
@@ -219,14 +227,13 @@ class TrainingJob:
     def fail(self, code: str, message: str) -> None:
         """End with an error; the newest checkpoint, if any, stays servable."""
         if self.state in ("running", "paused"):
-            steps = self._store.steps()
-            last = self._relative(self._store.path(steps[-1])) if steps else None
-            data = {"code": code, "message": message, "step": self.step, "checkpoint": last}
+            data = {"code": code, "message": message, "step": self.step,
+                    "checkpoint": self._records.newest_checkpoint()}  # fmt: skip
             self._end("failed", "failed", "error", message, data)
 
     def close(self) -> None:
         """Give the event file back; the job must not be used afterwards."""
-        self._log.close()
+        self._records.close()
 
     # ------------------------------------------------------------------ steps
 
@@ -259,7 +266,7 @@ class TrainingJob:
         message = f"Step {metrics['step']}/{self.total_steps}: training loss={metrics['train_loss']:.2f}"
         if "valid_loss" in metrics:
             message += f", validation loss={metrics['valid_loss']:.2f}"
-        self._emit_later("step", "info", message, metrics)
+        self._records.emit_later("step", "info", message, metrics)
         self._after_step()
 
     def _skip(self, batch: Batch, reason: str, why: str) -> None:
@@ -274,9 +281,9 @@ class TrainingJob:
             published=False,
         )
         data = {"step": batch.step, "reason": reason, "consecutive": skips}
-        self._emit_later("skipped_step", "warn", f"Step {batch.step}/{self.total_steps} skipped: {why}", data)
+        self._records.emit_later("skipped_step", "warn", f"Step {batch.step}/{self.total_steps} skipped: {why}", data)
         if skips >= MAX_CONSECUTIVE_SKIPS:
-            self._run_effects()
+            self._flush()
             self.fail("loss_diverged", f"The loss or its gradient was not finite in {skips} steps one after the other; "
                       "lower the learning rate, or check the data.")  # fmt: skip
         else:
@@ -288,10 +295,10 @@ class TrainingJob:
         if publish:
             self._progress = replace(self._progress, published=True)
         if publish or over or self._source.checkpoint_due(self.step):
-            self._effects.append(self._write_checkpoint)
+            self._checkpoint_later()
         if publish:
-            self._effects.append(self._publish)
-        self._run_effects()
+            self._records.publish_later(self.step)
+        self._flush()
         if over and self.state == "running":
             self._finish()
 
@@ -300,148 +307,82 @@ class TrainingJob:
         return patience is not None and self._progress.evaluations_without_gain >= patience
 
     def _finish(self) -> None:
-        self._effects.append(self._write_checkpoint)
-        self._effects.append(self._write_results)
-        self._effects.append(self._emit_finished)
-        self._run_effects()
+        def done() -> None:
+            self.state = "finished"
+
+        self._checkpoint_later()
+        self._records.finish_later(self.step, self.trained_tokens, done)
+        self._flush()
 
     def _end(self, state: str, kind: str, level: str, message: str, data: Record) -> None:
         self.state, self.paused_reason = state, None
-        self._effects.clear()
+        self._records.forget_queue()
         self._optimizer.drop_gradients()
-        self._emit_later(kind, level, message, data)
-        self._effects.append(self._write_results)
-        self._run_effects()
+        self._records.emit_later(kind, level, message, data)
+        self._records.results_later()
+        self._flush()
 
     def _begin(self, parts: Opened) -> None:
         """Tell what opening found, and make up for events that a crash swallowed after their effect."""
-        for step, why in parts.dropped.items():
-            self._emit_later("warning", "warn", f"Checkpoint of step {step} is damaged and was removed: {why}",
-                             {"step": step})  # fmt: skip
-        on_disk = set(self._store.steps())
-        for step in sorted(parts.announced - on_disk):
-            self._emit_later("pruned", "info", f"Checkpoint of step {step} removed",
-                             {"step": step, "path": self._relative(self._store.path(step))})  # fmt: skip
-        for step in sorted(on_disk - parts.announced):
-            self._effects.append(partial(self._announce, step))
-        first = self._log.last is None
-        text = "Fine-tuning job started" if first else f"Fine-tuning job resumed at step {self.step}"
-        self._emit_later("started", "info", text, self._start_data())
+        self._records.reconcile_later(parts.dropped)
+        self._start_later()
         if self._progress.published and self.step not in parts.published:
-            self._effects.append(self._publish)
-        self._run_effects()
+            self._records.publish_later(self.step)
+        self._flush()
 
-    def _start_data(self) -> Record:
-        return {"total_steps": self.total_steps, "step": self.step}
+    def _start_later(self) -> None:
+        text = "Fine-tuning job started" if self._records.empty else f"Fine-tuning job resumed at step {self.step}"
+        data = {"total_steps": self.total_steps, "step": self.step}
+        self._records.emit_later("started", "info", text, data)
 
-    # ------------------------------------------------------------------ effects
+    def _checkpoint_later(self) -> None:
+        self._records.checkpoint_later(
+            self._progress, self.config, self.params, self._optimizer, self._base_digest, self._base_model_name
+        )
 
-    def _run_effects(self) -> None:
-        """Carry out what is pending, in order; without room on the disk the job pauses and keeps the rest."""
-        while self._effects:
-            try:
-                self._effects[0]()
-            except OSError as error:
-                if not is_storage_full(error):
-                    raise
-                self._pause_for_room()
-                return
-            self._effects.popleft()
+    def _flush(self) -> bool:
+        """Carry out what is due on the disk. No room: the job pauses and keeps the rest. Broken disk: it fails."""
+        try:
+            if self._records.flush():
+                return True
+            if self.state == "running":
+                self.state, self.paused_reason = "paused", "storage_full"
+                self._emit_if_possible("paused", "warn", NO_ROOM, {"step": self.step, "reason": "storage_full"})
+            elif self.state == "paused":
+                self.paused_reason = "storage_full"
+        except OSError as error:
+            log.error("job %s cannot write its files: %s", self.job_id, error)
+            self._records.forget_queue()
+            if self.state in ("running", "paused"):
+                self.state, self.paused_reason = "failed", None
+                message = f"The job's files cannot be written: {error.strerror}."
+                self._emit_if_possible("failed", "error", message, {"code": "storage_error", "message": message})
+        return False
 
-    def _pause_for_room(self) -> None:
-        was_running = self.state == "running"
-        if was_running or self.state == "paused":
-            self.state, self.paused_reason = "paused", "storage_full"
-        if was_running:
-            try:
-                self._emit("paused", "warn", "Fine-tuning job paused: no room left on the disk",
-                           {"step": self.step, "reason": "storage_full"})  # fmt: skip
-            except OSError as error:
-                if not is_storage_full(error):
-                    raise
-                # not even room for this line: `paused_reason` is all there is until resume() succeeds
-
-    def _write_checkpoint(self) -> None:
-        """A checkpoint of the current step, if it has none; it is announced once it is durable."""
-        step = self.step
-        if step == 0:
-            return  # the initial weights are a function of the spec
-        if self._store.resumable(step):
-            kept = self._store.state(step)
-            self._store.update_state(replace(
-                self._progress, digest=kept.digest, optimizer_digest=kept.optimizer_digest,
-                published=kept.published or self._progress.published,
-            ))  # fmt: skip
-        else:
-            optimizer = self._optimizer.state_tensors()
-            state = replace(
-                self._progress,
-                digest=version_digest(self._base_digest, self.config, self.params),
-                optimizer_digest=tensors_digest(optimizer),
-            )
-            self._store.write(
-                state, self.config, self.params, optimizer,
-                base_digest=self._base_digest, base_model_name=self._base_model_name,
-            )  # fmt: skip
-        if step not in self._announced:
-            # this effect stands in front; what follows from it comes before everything else that is pending
-            self._effects.insert(1, partial(self._announce, step))
-            self._effects.insert(2, self._prune)
-
-    def _announce(self, step: int) -> None:
-        state = self._store.state(step)
-        data = {"step": step, "path": self._relative(self._store.path(step)), "digest": state.digest,
-                "metrics": state.metrics, "resumable": self._store.resumable(step)}  # fmt: skip
-        self._emit("checkpoint", "info", f"Checkpoint created at step {step}", data)
-        self._announced.add(step)
-
-    def _prune(self) -> None:
-        published = [step for step in self._store.steps() if self._store.state(step).published]
-        for step in self._store.prune(self.spec.training.keep_checkpoints, frozenset(published[-PUBLISHED_KEPT:])):
-            self._emit("pruned", "info", f"Checkpoint of step {step} removed",
-                       {"step": step, "path": self._relative(self._store.path(step))})  # fmt: skip
-
-    def _publish(self) -> None:
-        state = self._store.state(self.step)
-        data = {"step": self.step, "path": self._relative(self._store.path(self.step)), "digest": state.digest}
-        self._emit("published", "info", f"Adapter of step {self.step} published", data)
-
-    def _write_results(self) -> None:
-        replace_file(self._data_dir / self._result_path(), result_table(self._log.records()).encode())
-
-    def _emit_finished(self) -> None:
-        step = self.step
-        path, digest = self._relative(self._store.path(step)), self._store.state(step).digest
-        data = {"step": step, "path": path, "digest": digest, "trained_tokens": self.trained_tokens,
-                "result_file": self._result_path()}  # fmt: skip
-        self._emit("finished", "info", "The job has successfully completed", data)
-        self.state = "finished"
-
-    def _emit_later(self, kind: str, level: str, message: str, data: Record) -> None:
-        self._effects.append(lambda: self._emit(kind, level, message, data))
-
-    def _emit(self, kind: str, level: str, message: str, data: Record) -> None:
-        seq, record = self._log.append(kind, level, message, data)
-        if self._on_event is not None:
-            self._on_event(self.job_id, seq, record)
-
-    def _relative(self, path: Path) -> str:
-        return path.relative_to(self._data_dir).as_posix()
-
-    def _result_path(self) -> str:
-        return f"jobs/{self.job_id}/result.csv"
+    def _emit_if_possible(self, kind: str, level: str, message: str, data: Record) -> None:
+        """An event about a disk that takes no writes may not be writable itself; the job's state says it too."""
+        try:
+            self._records.emit(kind, level, message, data)
+        except OSError as error:
+            log.error("job %s cannot write its event %r: %s", self.job_id, kind, error)
 
     def _expect(self, batch: Batch, kind: str, step: int) -> None:
         if (batch.kind, batch.step) != (kind, step):
             raise ValueError(f"job {self.job_id} expects {kind} of step {step}, not {batch.kind} of step {batch.step}")
 
 
-def _record_failure(path: Path, job_id: str, error: JobError, on_event: OnEvent | None) -> None:
-    log = EventLog(path)
+def _record(
+    path: Path, job_id: str, on_event: OnEvent | None, kind: str, level: str, message: str, data: Record
+) -> None:
+    """Write one event of a job that could not be opened, if its event file can be."""
     try:
-        data: dict[str, Any] = {"code": error.code, "message": error.message}
-        seq, record = log.append("failed", "error", error.message, data)
-    finally:
-        log.close()
+        events = EventLog(path)
+        try:
+            seq, record = events.append(kind, level, message, data)
+        finally:
+            events.close()
+    except OSError as error:
+        log.error("job %s cannot write its event %r: %s", job_id, kind, error)
+        return
     if on_event is not None:
         on_event(job_id, seq, record)

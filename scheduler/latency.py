@@ -206,15 +206,21 @@ class LatencyModel:
     def _project(self) -> None:
         """Bring θ back to θ ≥ 0 where P says it costs least: the other coefficients take over what a negative one
         explained. Cutting it off alone would leave every prediction that used it too high, for ever."""
-        theta, covariance = self._theta, self._covariance
-        for _ in range(4 * at.SIZE):
-            i = int(np.argmin(theta))
-            if theta[i] >= 0.0:
-                return
-            if covariance[i, i] > 0.1 * _FLOOR * self._prior_variance[i]:
-                theta -= covariance[i] * (theta[i] / covariance[i, i])
+        theta = self._theta
+        i = int(np.argmin(theta))
+        if theta[i] >= 0.0:
+            return
+        # Of the coefficients that are zero from here on nothing more is to learn: conditioning the covariance on them
+        # ends this after at most one step each (projecting in turns went on for hundreds).
+        conditioned = self._covariance.copy()
+        while theta[i] < 0.0:
+            row = conditioned[i].copy()
+            if row[i] > 0.1 * _FLOOR * self._prior_variance[i]:
+                theta -= row * (theta[i] / row[i])
+                conditioned -= np.outer(row, row) / row[i]
             theta[i] = 0.0
-        np.maximum(theta, 0.0, out=theta)
+            conditioned[i] = conditioned[:, i] = 0.0
+            i = int(np.argmin(theta))
 
     def _inflate(self, excited: Vector, growth: float) -> None:
         """Scale the excited rows and columns of the covariance, none over its prior variance; and add a little to

@@ -126,21 +126,30 @@ class CheckpointStore:
         """Raises CheckpointError."""
         try:
             return CheckpointState.parse((self.path(step) / STATE_FILE).read_bytes())
-        except OSError as error:
-            raise CheckpointError(f"{STATE_FILE} of step {step} cannot be read: {error.strerror}") from error
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{STATE_FILE} is missing") from error
 
     def read(self, step: int, sites: Sequence[Site], base_digest: str) -> Restored:
-        """Everything needed to go on from `step`. Raises CheckpointError when any of it is missing or altered."""
+        """Everything needed to go on from `step`.
+
+        Raises CheckpointError when any of it is missing or altered, and OSError when the disk does not answer: only
+        the first says something about the checkpoint.
+        """
+        if not self.resumable(step):
+            raise CheckpointError("it has no optimizer state")
         state = self.state(step)
         try:
             config, weights = read_folder(self.path(step), sites, base_digest)
             optimizer = read_tensors(self.path(step) / OPTIMIZER_FILE)
-        except (AdapterError, TensorFileError, OSError) as error:
-            raise CheckpointError(f"the checkpoint of step {step} cannot be read: {error}") from error
+        except (AdapterError, TensorFileError) as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise cause from error
+            raise CheckpointError(str(error)) from error
         if version_digest(base_digest, config, weights) != state.digest:
-            raise CheckpointError(f"the adapter of step {step} does not have the digest that it was written with")
+            raise CheckpointError("the adapter does not have the digest that it was written with")
         if tensors_digest(optimizer) != state.optimizer_digest:
-            raise CheckpointError(f"the optimizer state of step {step} does not have the digest it was written with")
+            raise CheckpointError("the optimizer state does not have the digest that it was written with")
         return Restored(config, weights, optimizer, state)
 
     def remove(self, step: int) -> None:

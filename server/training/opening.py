@@ -5,7 +5,7 @@ Files may be missing, damaged or from another base model; the answer is then a J
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,20 +87,16 @@ def open_parts(
         dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
         dropped: dict[int, str] = {}
         for step in reversed(store.steps()):
-            if not store.resumable(step):
-                break  # older ones keep weights only
             try:
                 found = store.read(step, sites, base_digest)
             except CheckpointError as error:
                 dropped[step] = str(error)
-                store.remove(step)
                 continue
+            _remove(store, dropped)
             params = cast_weights(found.weights, device, dtype)
             return Opened(spec, source, log, store, found.config, params, found.optimizer, found.state,
                           frozenset(announced), frozenset(published), dropped)  # fmt: skip
-        for step in store.steps():  # later than where the job begins again: they would be in its way
-            dropped[step] = "it has no optimizer state and no later checkpoint is left"
-            store.remove(step)
+        _remove(store, dropped)
         config, weights = _initial(data_dir, spec, sites, base_digest)
         start = CheckpointState(step=0, digest="", optimizer_digest="", trained_tokens=0)
         return Opened(spec, source, log, store, config, cast_weights(weights, device, dtype), {}, start,
@@ -108,6 +104,12 @@ def open_parts(
     except BaseException:
         log.close()
         raise
+
+
+def _remove(store: CheckpointStore, steps: Iterable[int]) -> None:
+    """Steps that are done again must not find an old checkpoint in their place."""
+    for step in steps:
+        store.remove(step)
 
 
 def _read_order(folder: Path, job_id: str, base_digest: str, vocab_size: int | None) -> tuple[JobSpec, BatchSource]:

@@ -6,12 +6,15 @@ import csv
 import errno
 import math
 import os
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
 from training_jobs import BASE_DIGEST, SITES, advance, events, make_job, open_job, synthetic_gradients
 
 from coserve.server.training import checkpoint as checkpoint_module
+from coserve.server.training.events import EventLog
 from coserve.server.training.job import JobError, JobOver
 from coserve.server.training.peft.folder import read_folder, version_digest
 
@@ -264,6 +267,61 @@ def test_a_checkpoint_whose_event_was_lost_is_announced_on_opening(tmp_path):
     open_job(tmp_path).close()
     after = kinds(folder)[len(kept) :]
     assert after == ["checkpoint", "started", "published"]
+
+
+def test_a_checkpoint_without_optimizer_state_is_passed_over(tmp_path):
+    make_job(tmp_path, checkpoint_every=2)
+    job = open_job(tmp_path)
+    advance(job, 5)
+    job.close()
+    folder = tmp_path / "jobs" / "ftjob-1" / "checkpoints"
+    (folder / "step-00000004" / "optimizer.safetensors").unlink()
+    job = open_job(tmp_path)
+    assert job.step == 2
+    job.close()
+    for name in ("adapter_model.safetensors", "state.json"):
+        (folder / "step-00000002" / name).unlink()
+    job = open_job(tmp_path)
+    assert job.step == 0 and list(folder.iterdir()) == []
+    advance(job)
+    assert job.state == "finished"
+
+
+@contextmanager
+def files_no_larger_than(size):
+    """The kernel refuses writes past `size`, as it does on a disk that is broken."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_event_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path):
+    log = EventLog(tmp_path / "events.jsonl")
+    log.append("started", "info", "go", {})
+    before = (tmp_path / "events.jsonl").read_bytes()
+    with files_no_larger_than(len(before) + 10), pytest.raises(OSError):
+        log.append("step", "info", "one", {"step": 1})
+    assert (tmp_path / "events.jsonl").read_bytes() == before
+    assert log.append("step", "info", "one", {"step": 1})[0] == 2
+    assert [record["seq"] for record in log.records()] == [1, 2]
+
+
+def test_a_disk_that_takes_no_writes_fails_the_job_and_raises_nothing(tmp_path):
+    folder = make_job(tmp_path, checkpoint_every=2)
+    job = open_job(tmp_path)
+    advance(job, 1)
+    with files_no_larger_than((folder / "events.jsonl").stat().st_size):
+        advance(job)
+        assert job.state == "failed" and job.next_batch() is None
+        job.fail("again", "again")
+        job.cancel()
+        job.pause()
+    job.close()
+    assert kinds(folder) == ["started", "step"]
+    assert open_job(tmp_path).state == "running"  # nothing durable says otherwise: it can be tried again
 
 
 @pytest.mark.parametrize(

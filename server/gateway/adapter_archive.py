@@ -8,7 +8,6 @@ or refused. What the two files contain is the engine's business.
 from __future__ import annotations
 
 import gzip
-import io
 import re
 import tarfile
 import zlib
@@ -115,6 +114,13 @@ class _Bounded:
             size -= len(part)
         return b"".join(parts)
 
+    def rest(self) -> None:
+        """Read to the end, so that a compressed archive's checksum is compared."""
+        while part := self._source.read(CHUNK):
+            self._left -= len(part)
+            if self._left < 0:
+                raise ArchiveError(f"The archive unpacks to more than {self._limit} bytes.")
+
     def skip(self, size: int) -> None:
         while size > 0:
             step = min(size, CHUNK)
@@ -171,6 +177,7 @@ def _members(source: _Bounded) -> Iterator[Member]:
             raise ArchiveError(f"The archive has more than {MAX_MEMBERS} members.")
         block = source.exactly(BLOCK)
         if block == b"\0" * BLOCK:
+            source.rest()
             return
         header = _parse_header(block)
         if header.kind in (b"x", b"g", b"L"):
@@ -215,24 +222,19 @@ def _octal(digits: bytes) -> int:
 
 
 def _pax_records(content: bytes) -> dict[str, str]:
+    """The path and size among records of the form `<length> <key>=<value>\\n`, length counting all of it."""
     records: dict[str, str] = {}
-    stream = io.BytesIO(content)
-    while stream.tell() < len(content):
-        start = stream.tell()
-        digits = b""
-        while (character := stream.read(1)) != b" ":
-            digits += character
-            if not character.isdigit() or len(digits) > 6:
-                raise ArchiveError("The archive has a damaged extension header.")
-        body = stream.read(int(digits) - (stream.tell() - start)) if int(digits) > stream.tell() - start else b""
-        key, equals, value = body.removesuffix(b"\n").partition(b"=")
-        if not equals or not body.endswith(b"\n"):
+    while content:
+        digits, space, _ = content[:8].partition(b" ")
+        length = int(digits) if space and digits.isdigit() else 0
+        record, content = content[:length], content[length:]
+        key, equals, value = record[len(digits) + 1 : -1].partition(b"=")
+        if len(record) != length or not equals or not record.endswith(b"\n"):
             raise ArchiveError("The archive has a damaged extension header.")
-        key_text = _text(key)
-        if key_text.startswith("GNU.sparse"):
+        if key.startswith(b"GNU.sparse"):
             raise ArchiveError("The archive has a sparse file; pack plain files only.")
-        if key_text in ("path", "size"):
-            records[key_text] = _text(value)
+        if key in (b"path", b"size"):
+            records[_text(key)] = _text(value)
     return records
 
 

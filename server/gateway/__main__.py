@@ -91,6 +91,7 @@ async def _serve(settings, socket_path: str, heartbeat: Heartbeat) -> None:  # t
             log_config=None,
             access_log=False,  # ours says less: no query, no client address
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=int(_LAST_SECONDS) or 1,
             h11_max_incomplete_event_size=settings.max_header * 2,

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ from coserve.server.wire.stream import MessageStream
 log = logging.getLogger("coserve.engine_client")
 
 M = TypeVar("M")
+_TOKENS_AT_ONCE = 2048
 _BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -70,7 +72,7 @@ class EngineSequence:
     def __init__(self, client: EngineClient, message: Generate, news: asyncio.Event) -> None:
         self._client = client
         self._news = news
-        self._parts: list[Tokens] = []
+        self._parts: deque[Tokens] = deque()
         self._failure: SequenceFailed | None = None
         self.message = message
         self.attempt = 0
@@ -83,8 +85,17 @@ class EngineSequence:
         return self.message.request_id if self.attempt == 0 else f"{self.message.request_id}~{self.attempt}"
 
     def take(self) -> Update | None:
-        """All that came since the last call, merged; None if nothing did. Raises SequenceFailed."""
-        parts, self._parts = self._parts, []
+        """What came since the last call, merged; None if nothing did. Raises SequenceFailed.
+
+        At most some thousand tokens at once: whoever comes back late must not hold the event loop for all of them.
+        """
+        parts: list[Tokens] = []
+        tokens = 0
+        while self._parts and tokens < _TOKENS_AT_ONCE:
+            parts.append(self._parts.popleft())
+            tokens += len(parts[-1].token_ids)
+        if self._parts:
+            self._news.set()
         if not parts:
             if self._failure is not None:
                 raise self._failure

@@ -45,7 +45,7 @@ def test_a_route_without_an_access_class_does_not_start():
     def z() -> None: ...
 
     for router in (undeclared, twice, hidden):
-        with pytest.raises(TypeError, match="/x|/secret"):
+        with pytest.raises(TypeError, match=r"/x|/secret"):
             route_table([router])
 
 

@@ -145,10 +145,12 @@ class _Lines:
 
     def progress(self, progress: Progress) -> None:
         state = (progress.step, progress.status)
-        if state == self._last or not progress.total or time.monotonic() < self._due:
+        if state == self._last:
+            return
+        if self._last is not None and self._last[1] == progress.status and time.monotonic() < self._due:
             return
         self._last, self._due = state, time.monotonic() + _LINE_SECONDS
-        click.echo(f"step {progress.step}/{progress.total}  {progress.text}")
+        click.echo(f"step {progress.step}/{progress.total}  {progress.text}" if progress.step else progress.text)
 
 
 class _Bar:

@@ -73,9 +73,7 @@ class Child:
                 self._log.info("%s ended (%s)", name, _explain(code))
                 return code
             if code in FATAL_CODES:
-                self._log.error(
-                    "%s ended for good (%s)%s", name, _explain(code), f": {self.reason}" * bool(self.reason)
-                )
+                self._log.error("%s ended for good (%s)", name, _explain(code))
                 return code
             failures = 1 if lived >= self._timing.steady else failures + 1
             if not self._ever_heard and failures >= self._timing.start_attempts:

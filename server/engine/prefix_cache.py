@@ -44,6 +44,9 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def knows(self, block: int) -> bool:
+        return block in self._entries
+
     @property
     def evictable(self) -> int:
         return len(self._evictable)
@@ -203,6 +206,11 @@ class BlockManager:
         sequence.blocks.clear()
         sequence.pending.clear()
         sequence.length = 0
+
+    def shared_blocks(self, sequence: SequenceBlocks) -> int:
+        """How many of the sequence's blocks other sequences hold too."""
+        known = self.prefix_cache.knows
+        return sum(self._allocator.references(block) - known(block) > 1 for block in sequence.blocks)
 
     def check(self, live: Iterable[SequenceBlocks]) -> None:
         """Raise RuntimeError unless every reference is accounted for by the `live` sequences and the cache."""

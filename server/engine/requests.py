@@ -150,4 +150,11 @@ class RequestBook:
             ttft_deadline=request.message.arrived + self._ttft,
             itl_deadline=None if last is None else last + self._itl,
             running=request.blocks is not None,
+            blocks_shared=self._shared(request),
         )
+
+    def _shared(self, request: Request) -> int:
+        """Blocks that a preemption of `request` would not free. Only asked where blocks are short."""
+        if request.blocks is None or self.blocks.free_blocks > self.blocks.num_blocks // 8:
+            return 0
+        return self.blocks.shared_blocks(request.blocks)

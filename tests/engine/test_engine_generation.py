@@ -1,16 +1,14 @@
-"""Greedy tokens and log-probabilities of a real engine process equal transformers and PEFT, whatever shares the batch."""
+"""Greedy tokens and log-probabilities of a real engine equal transformers and PEFT, whatever shares the batch."""
 
 from __future__ import annotations
 
 import time
 
-import numpy as np
 import pytest
 import torch
 from engine_process import EngineProcess, write_job
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import save_tiny_model, tiny_model
-from transformers import AutoModelForCausalLM
+from peft_oracle import assert_greedy_equal, oracle_model, prompt, save_adapter
+from tiny_models import save_tiny_model
 
 from coserve.server.wire.messages import Abort, AdapterRef, CheckAdapter, StartJob, Stats
 
@@ -22,21 +20,6 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def prompt(length: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 500, length).tolist()
-
-
-def save_adapter(folder, architecture: str, rank: int, seed: int, targets="all-linear", **config):
-    model = get_peft_model(tiny_model(architecture), LoraConfig(r=rank, target_modules=targets, **config))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.15)
-    model.save_pretrained(folder)
-    return folder
-
-
 def check_adapter(engine: EngineProcess, path: str) -> AdapterRef:
     engine.send(CheckAdapter(99, path))
     found = []
@@ -45,25 +28,12 @@ def check_adapter(engine: EngineProcess, path: str) -> AdapterRef:
     return AdapterRef(found[0].digest, path)
 
 
-def assert_greedy_equal(model, ids: list[int], got: list[int]) -> None:
-    """Equal to the oracle's greedy tokens, or its two best logits are within 1e-3 where they first differ."""
-    tokens = list(ids)
-    for token in got:
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
-        best = logits.topk(2)
-        if token != int(best.indices[0]):
-            assert float(best.values[0] - best.values[1]) <= 1e-3, (token, best)
-            return
-        tokens.append(token)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_tokens_with_adapters_and_a_job_beside(architecture, tmp_path):
     folder = save_tiny_model(tmp_path / "model", architecture)
     for i, rank in enumerate((4, 9)):
         save_adapter(tmp_path / f"adapter{i}", architecture, rank, seed=i)
-    oracle = AutoModelForCausalLM.from_pretrained(folder).eval()
+    oracle = oracle_model(folder)
     with EngineProcess(folder, tmp_path, slo_itl_ms=100, train_window=16, kv_memory=2**20) as engine:
         rows = [(prompt(20, 100 + i), prompt(20, 100 + i)) for i in range(64)]
         write_job(tmp_path, "job", engine.ready.base_digest, rows, n_epochs=50)
@@ -78,11 +48,7 @@ def test_greedy_tokens_with_adapters_and_a_job_beside(architecture, tmp_path):
         entries = {name: [e for m in engine.tokens[name] for e in m.logprobs] for name in requests}
     assert any(it["tokens"]["decode"] and it["tokens"]["train_forward"] for it in iterations)
     for i, ref in enumerate(refs):
-        model = oracle
-        if ref is not None:
-            model = PeftModel.from_pretrained(
-                AutoModelForCausalLM.from_pretrained(folder), tmp_path / f"adapter{i - 1}"
-            ).eval()  # fmt: skip
+        model = oracle if ref is None else oracle_model(folder, tmp_path / f"adapter{i - 1}")
         for name, (ids, used) in requests.items():
             if used is ref:
                 assert_greedy_equal(model, ids, got[name])
@@ -112,14 +78,12 @@ def test_a_cache_too_small_for_all_and_a_pool_for_two_of_twenty(tmp_path):
         for i, (name, ids) in enumerate(short.items()):
             engine.submit(name, ids, adapter=refs[i], max_tokens=12)
         got = dict(zip([*long, *short], engine.finish(*long, *short, timeout=120), strict=True))
-        together = engine.log()
-    del together
-    oracle = AutoModelForCausalLM.from_pretrained(folder).eval()
+    oracle = oracle_model(folder)
     for name, ids in long.items():
         assert len(got[name]) == 60
         assert_greedy_equal(oracle, ids, got[name])
     for i in (0, 7, 19):
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / f"adapter{i}").eval()
+        model = oracle_model(folder, tmp_path / f"adapter{i}")
         assert_greedy_equal(model, short[f"short{i}"], got[f"short{i}"])
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from engine_process import EngineProcess, write_job
-from peft import LoraConfig, get_peft_model
+from peft_oracle import distance, peft_loop, training_rows
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
-from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from coserve.server.wire.messages import StartJob, StopJob
 
@@ -21,49 +19,8 @@ def model_folder(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"), "gemma3_text")
 
 
-def training_rows(count: int, seed: int = 5) -> list[tuple[list[int], list[int]]]:
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(count):
-        ids = rng.integers(3, 500, int(rng.integers(3, 40)))
-        labels = np.where(rng.random(len(ids)) < 0.6, ids, -100)
-        labels[-1] = ids[-1]
-        rows.append((ids.tolist(), labels.tolist()))
-    return rows
-
-
-def peft_loop(folder, rows, *, r, alpha, seed, step_rows, steps, lr=1e-2):
-    """(initial, final) LoRA tensors by PEFT's names of a plain loop with the engine's default settings."""
-    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
-    torch.manual_seed(seed)
-    model = get_peft_model(base, LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear")).eval()
-    named = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
-    initial = {n: p.detach().clone() for n, p in named.items()}
-    optimizer = torch.optim.AdamW(named.values(), lr=lr, weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 2, steps)
-    for step in range(steps):
-        batch = rows[step * step_rows : (step + 1) * step_rows]
-        tokens = sum(sum(label != -100 for label in labels[1:]) for _, labels in batch)
-        for ids, labels in batch:
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(
-                logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum"
-            )
-            (loss / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return initial, {n: p.detach() for n, p in named.items()}
-
-
 def final_tensors(engine, record):
     return load_file(engine.data_dir / record["data"]["path"] / "adapter_model.safetensors")
-
-
-def distance(got, initial, reference):
-    num = sum(float((got[n] - reference[n]).norm() ** 2) for n in reference) ** 0.5
-    return num / sum(float((reference[n] - initial[n]).norm() ** 2) for n in reference) ** 0.5
 
 
 def test_a_job_beside_a_stream_equals_peft_with_adamw(model_folder, tmp_path):

@@ -88,12 +88,6 @@ def total_steps(rows: int, step_rows: int, epochs: int, max_steps: int | None) -
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def step_row_indices(step: int, rows: int, step_rows: int, seed: int, shuffle: bool) -> np.ndarray:
-    """Rows of optimizer step `step`, counted from 1."""
-    epoch, place = divmod(step - 1, steps_per_epoch(rows, step_rows))
-    return order(rows, seed, epoch, shuffle)[place * step_rows : (place + 1) * step_rows]
-
-
 def loss_positions(labels: np.ndarray) -> int:
     """How many positions bear loss: a row's first label has no position that predicts it."""
     return int((labels[1:] != IGNORED_LABEL).sum())

@@ -140,7 +140,6 @@ class JobRecords:
                     progress,
                     digest=kept.digest,
                     optimizer_digest=kept.optimizer_digest,
-                    published=kept.published or progress.published,
                 )
             )
         else:

@@ -16,6 +16,7 @@ from coserve.server.training.peft.folder import AdapterError, read_folder, write
 from coserve.server.training.peft.lora import LoraConfig, init_lora
 from coserve.server.training.peft.patterns import Pattern, PatternError
 from coserve.server.training.peft.sites import Site
+from coserve.server.training.tensor_file import TensorFileError, read_tensors
 
 pytestmark = pytest.mark.security
 
@@ -130,6 +131,21 @@ def test_hostile_headers(folder, change, words, param):
     assert re.search(words, error.message), error.message
     if param:
         assert error.param == param
+
+
+def test_tensors_that_share_all_bytes_of_a_file(tmp_path):
+    path = tmp_path / "t.safetensors"
+    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    for second, word in (([0, 16], "overlaps"), ([8, 16], "overlaps"), ([16, 32], None), ([20, 36], "gap")):
+        start, stop = second
+        other = {"dtype": "F32", "shape": [(stop - start) // 4], "data_offsets": second}
+        header = json.dumps({"a": entry, "b": other}).encode()
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(stop))
+        if word is None:
+            assert set(read_tensors(path)) == {"a", "b"}
+        else:
+            with pytest.raises(TensorFileError, match=word):
+                read_tensors(path)
 
 
 def test_half_a_surrogate_pair_is_answered_in_plain_text(folder):

@@ -14,8 +14,9 @@ import pytest
 import torch
 from training_jobs import BASE_DIGEST, SITES, advance, events, make_job, open_job, write_rows
 
+from coserve.server.training.batches import BatchSource
 from coserve.server.training.checkpoint import CheckpointStore
-from coserve.server.training.dataset import DatasetError, TokenRows, order, step_row_indices, total_steps
+from coserve.server.training.dataset import DatasetError, TokenRows, order, total_steps
 from coserve.server.training.events import EventLog, read_events, result_table
 from coserve.server.training.spec import SpecError, parse_spec
 from coserve.server.training.tensor_file import write_tensors
@@ -114,12 +115,20 @@ def test_the_order_is_a_permutation_fixed_by_seed_and_epoch():
 PINNED_ORDER = [4, 5, 3, 0, 2, 7, 1, 6]
 
 
-def test_steps_take_every_row_once_an_epoch():
+def test_steps_take_every_row_once_an_epoch_in_a_new_order(tmp_path):
     assert total_steps(10, 4, 2, None) == 6 and total_steps(10, 4, 2, 5) == 5
+    folder = make_job(tmp_path, rows=10, batch_size=2, gradient_accumulation_steps=2, n_epochs=2)
+    spec = parse_spec((folder / "spec.json").read_bytes())
+    source = BatchSource(spec, TokenRows(folder / "tokens" / "train.safetensors"), None)
+    assert (source.steps_per_epoch, source.total_steps) == (3, 6)
+    epochs = []
     for epoch in range(2):
-        taken = [step_row_indices(epoch * 3 + place + 1, 10, 4, 1, True) for place in range(3)]
-        assert [len(rows) for rows in taken] == [4, 4, 2]
-        assert sorted(np.concatenate(taken)) == list(range(10))
+        batches = [source.train(epoch * 3 + place + 1) for place in range(3)]
+        assert [[row.sequence for row in batch.rows] for batch in batches] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1]]
+        epochs.append([row.index for batch in batches for row in batch.rows])
+        assert epochs[-1] == order(10, spec.seed, epoch, True).tolist()
+    assert epochs[0] != epochs[1]
+    assert [row.index for row in source.train(2).rows] == epochs[0][4:8]  # asked for again, out of order
 
 
 # ---------------------------------------------------------------- events

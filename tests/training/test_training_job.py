@@ -159,6 +159,18 @@ def test_publishing_makes_a_checkpoint_that_outlives_pruning(tmp_path):
     assert all((tmp_path / data["path"] / "adapter_model.safetensors").exists() for data in published)
 
 
+def test_a_pause_at_a_published_step_does_not_publish_again_or_lose_its_protection(tmp_path):
+    folder = make_job(tmp_path, checkpoint_every=1, keep_checkpoints=1, publish_every=5)
+    job = open_job(tmp_path)
+    advance(job, 5)
+    job.pause()
+    job.close()
+    job = open_job(tmp_path)
+    advance(job, 4)
+    assert kinds(folder).count("published") == 1
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000005", "step-00000009"]
+
+
 def test_steps_that_are_not_finite_are_skipped_and_five_in_a_row_fail_the_job(tmp_path):
     folder = make_job(tmp_path, rows=40, n_epochs=1, checkpoint_every=2)
     job = open_job(tmp_path)

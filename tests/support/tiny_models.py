@@ -59,7 +59,9 @@ def tiny_model(architecture: str, *, seed: int = 0, dtype=None, attention: str =
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
-                scale = 0.5 if "embed" in name else 1.5 / parameter.shape[-1] ** 0.5
+                # Gemma scales its embeddings up and uses them as head: small, or it only repeats its last token.
+                embedding = 0.1 if architecture.startswith("gemma") else 0.5
+                scale = embedding if "embed" in name else 1.5 / parameter.shape[-1] ** 0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
@@ -79,9 +81,14 @@ def byte_tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(
-        ["The quick brown fox jumps over the lazy dog.", "Hello world, how are you today?", "User: hi\nAssistant: yes\n",
-         "one two three four five six seven eight nine ten", "Zürich naïve 東京 😀 emoji 🎉"] * 4, trainer)  # fmt: skip
+    lines = [
+        "The quick brown fox jumps over the lazy dog.",
+        "Hello world, how are you today?",
+        "User: hi\nAssistant: yes\n",
+        "one two three four five six seven eight nine ten",
+        "Zürich naïve 東京 😀 emoji 🎉",
+    ]
+    tokenizer.train_from_iterator(lines * 4, trainer)
     bos = tokenizer.token_to_id("<bos>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", bos)]

@@ -30,7 +30,7 @@ from coserve.server.api.generation_params import (
     sampling_params,
     warning_headers,
 )
-from coserve.server.api.usage_shape import finite, usage_json
+from coserve.server.api.usage_shape import finite, token_label, usage_json
 from coserve.server.gateway.generation import GenerationRequest, Piece
 from coserve.server.gateway.services import Services
 from coserve.server.gateway.text import TextModel, TooLong
@@ -221,7 +221,7 @@ class CompletionShape:
             for entry, offset in zip(piece.logprobs, piece.offsets, strict=True):
                 entries.append((entry.token_id, entry, offset + shift))
         return {
-            "tokens": [self._text.token_text(token_id) for token_id, _, _ in entries],
+            "tokens": [token_label(self._text, token_id) for token_id, _, _ in entries],
             "token_logprobs": [finite(entry.logprob) if entry else None for _, entry, _ in entries],
             "top_logprobs": [self._alternatives(entry) for _, entry, _ in entries] if self._top else None,
             "text_offset": [offset for _, _, offset in entries],
@@ -233,7 +233,7 @@ class CompletionShape:
             return None
         found: dict[str, float] = {}
         for token_id, logprob in [*entry.top, (entry.token_id, entry.logprob)]:
-            found.setdefault(self._text.token_text(token_id), finite(logprob))
+            found.setdefault(token_label(self._text, token_id), finite(logprob))
         return found
 
     def _offsets(self, prompt: Prompt) -> list[int]:

@@ -40,3 +40,17 @@ def _chat_token(text: TextModel, token_id: int, logprob: float) -> dict[str, Any
         "logprob": finite(logprob),
         "bytes": list(text.tokenizer.token_bytes(token_id)),
     }
+
+
+def token_label(text: TextModel, token_id: int) -> str:
+    """A token as completions name it: its text, or `bytes:\\xe6\\x9d` where that is no whole character.
+
+    Models have more ids than their tokenizers have tokens: the others are named by number.
+    """
+    data = text.tokenizer.token_bytes(token_id)
+    if not data:
+        return f"token_id:{token_id}"
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

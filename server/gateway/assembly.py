@@ -67,6 +67,8 @@ async def assemble(settings: Settings, socket_path: str, leave: AsyncExitStack) 
     leave.push_async_callback(adapters.close)
     await controller.start()
     leave.push_async_callback(controller.close)
+    books = asyncio.create_task(generation.keep_books(), name="usage-of-running-requests")
+    leave.callback(books.cancel)
     await engine.start()  # last: whoever listens to the engine is there by now
     leave.push_async_callback(engine.close)
     return Services(

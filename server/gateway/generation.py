@@ -286,6 +286,12 @@ class GenerationService:
             self._writes.add(write)
             write.add_done_callback(self._writes.discard)
 
+    async def keep_books(self, every_seconds: float = 2.0) -> None:
+        """Writes what long requests have used so far, lest a kill loses it. Runs for ever."""
+        while True:
+            await asyncio.sleep(every_seconds)
+            await asyncio.gather(*(self._record(one) for one in self._running.values() if one.first_token_at))
+
     async def drain(self, grace_seconds: float) -> None:
         """Waits until nothing runs, at most `grace_seconds`; then ends the rest, and writes what is left to write."""
         deadline = time.monotonic() + grace_seconds

@@ -1,4 +1,4 @@
-"""The usage ledger: one row a request, written exactly once."""
+"""The usage ledger: one row a request, written while it runs and raised to what it came to; nothing counts twice."""
 
 from __future__ import annotations
 
@@ -32,13 +32,15 @@ class UsageLedger:
         self._clock = clock
 
     async def record(self, tenant: str, usage: Usage) -> bool:
-        """Write the row of a request; False, and nothing changes, if it has one."""
+        """Write the row of a request, or raise it; False, and nothing changes, if it has one that says as much."""
         created_at = int(self._clock())
 
         def insert(connection: sqlite3.Connection) -> bool:
             changed = connection.execute(
                 "INSERT INTO usage_ledger (request_id, tenant, model, prompt_tokens, cached_tokens, completion_tokens,"
-                " created_at) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO NOTHING",
+                " created_at) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO UPDATE SET "
+                "cached_tokens = excluded.cached_tokens, completion_tokens = excluded.completion_tokens "
+                "WHERE excluded.completion_tokens > completion_tokens AND excluded.tenant = tenant",
                 (usage.request_id, tenant, usage.model, usage.prompt_tokens, usage.cached_tokens,
                  usage.completion_tokens, created_at),
             )  # fmt: skip

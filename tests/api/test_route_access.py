@@ -17,7 +17,6 @@ ODD_PATHS = [
     "/docs",
     "/redoc",
     "/nowhere",
-
 ]
 
 

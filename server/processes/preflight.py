@@ -5,6 +5,7 @@ for the socket. Every failure is one `CannotStart` with its exit code and a reme
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import socket
@@ -34,16 +35,29 @@ def resolve_model(model: str) -> str:
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CannotStart(
-                EXIT_MODEL, f"{path} holds no config.json: give a folder with config.json, safetensors and a tokenizer"
-            )
+        _check_model_folder(path)
         return os.path.abspath(path)
     if path.exists():
         raise CannotStart(EXIT_MODEL, f"{path} is a file: give the folder of a model, in safetensors format")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CannotStart(EXIT_MODEL, f"there is no folder {path}: check --model, or give a hub id like org/name")
     return model
+
+
+def _check_model_folder(path: Path) -> None:
+    remedy = "give a folder with config.json, *.safetensors and a tokenizer"
+    try:
+        config = json.loads((path / "config.json").read_text("utf-8"))
+    except FileNotFoundError:
+        raise CannotStart(EXIT_MODEL, f"{path} holds no config.json: {remedy}") from None
+    except OSError as error:
+        raise CannotStart(EXIT_MODEL, f"{path / 'config.json'} cannot be read ({error.strerror})") from None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise CannotStart(EXIT_MODEL, f"{path / 'config.json'} is damaged: copy the model again")
+    if not any(path.glob("*.safetensors")):
+        raise CannotStart(EXIT_MODEL, f"{path} holds no *.safetensors, the only weights that are read: {remedy}")
 
 
 def take_data_directory(root: Path) -> tuple[DataDirectory, int]:

@@ -21,18 +21,25 @@ from coserve.server.processes.preflight import (
 def test_a_model_folder_becomes_absolute_and_a_hub_id_stays(tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     (tmp_path / "m/config.json").write_text("{}")
+    (tmp_path / "m/model.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     assert resolve_model("m") == str(tmp_path / "m")
     assert resolve_model("google/gemma-3-270m") == "google/gemma-3-270m"
     assert resolve_model("gpt2") == "gpt2"
 
 
-@pytest.mark.parametrize("model", ["./none", "/none/at/all", "~/no-such-folder", "a/b/c", "empty", "file.bin"])
+@pytest.mark.parametrize(
+    "model", ["./none", "/none/at/all", "~/no-such-folder", "a/b/c", "empty", "weightless", "broken", "file.bin"]
+)
 def test_a_path_without_a_model_is_refused_at_once(tmp_path, monkeypatch, model):
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "weightless", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "weightless/config.json").write_text("{}")
+    (tmp_path / "weightless/pytorch_model.bin").touch()
+    (tmp_path / "broken/config.json").write_text("[")
     (tmp_path / "file.bin").write_text("x")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CannotStart, match=r"--model|give ") as caught:
+    with pytest.raises(CannotStart, match=r"--model|give |copy the model again") as caught:
         resolve_model(model)
     assert caught.value.code == 3
 

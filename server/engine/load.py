@@ -117,6 +117,8 @@ def _weight_files(folder: Path) -> list[Path]:
 def _check_memory(files: list[Path], dtype: torch.dtype, device: torch.device, options: EngineOptions) -> None:
     elements = 0
     for file in files:
+        if not os.access(file, os.R_OK):
+            raise ModelRefused(f"{file}: not readable by this user; change its permissions")
         try:
             with safe_open(file, "pt") as tensors:  # type: ignore[no-untyped-call]
                 for name in tensors.keys():  # noqa: SIM118

@@ -123,10 +123,7 @@ class Trainer:
         """Take back finished side work, retire finished sweeps, start the steps that are due."""
         for running in list(self._jobs.values()):
             if running.side is not None and running.side.done():
-                result, then = running.side.result(), running.then
-                running.side = running.then = None
-                if then is not None:
-                    then(result)
+                self._take_back(running, running.side)
         for sweep_id, sweep in list(self.sweeps.items()):
             if sweep.done:
                 del self.sweeps[sweep_id]
@@ -134,6 +131,22 @@ class Trainer:
         for running in list(self._jobs.values()):
             self._advance(running)
         self._new_sweeps()
+
+    def _take_back(self, running: _RunningJob, side: Future[Any]) -> None:
+        """Go on after side work. An error nobody foresaw ends that job, never the engine."""
+        then, error = running.then, side.exception()
+        running.side = running.then = None
+        if error is None:
+            if then is not None:
+                then(side.result())
+            return
+        log.error("job %s: unexpected error", running.job_id, exc_info=error)
+        job = running.job
+        self._leave_sweeps(running)
+        if job is None or job.state == "failed":
+            self._forget(running)
+        else:
+            self._aside(running, lambda: job.fail("internal_error", f"An internal error ended the job: {error}"), None)
 
     def states(self) -> tuple[SweepState, ...]:
         return tuple(self._state(sweep_id, sweep) for sweep_id, sweep in self.sweeps.items())
@@ -145,8 +158,7 @@ class Trainer:
         if running.stop is not None:
             self._aside(running, job.pause if running.stop == "pause" else job.cancel, lambda _: self._forget(running))
         elif job.state != "running":
-            if job.state == "paused" and job.paused_reason == "storage_full":
-                return  # `resume` is asked for by the gateway once there is room
+            # Over, or out of disk space: the gateway starts it again, from its newest checkpoint.
             self._forget(running)
         elif running.batch is None:
             self._aside(running, job.next_batch, lambda batch: self._next(running, batch))

@@ -52,7 +52,7 @@ async def list_jobs(
     if len(metadata) > 16:
         raise invalid("Give at most 16 metadata pairs.", "metadata")
     page = await services.store.jobs.list(caller.tenant, after=after, limit=limit, metadata=metadata)
-    jobs = [await services.jobs.shown(job) for job in page.items]
+    jobs = await services.jobs.all_shown(page.items)
     return list_object([job_object(job, caller.tenant_name) for job in jobs], page.has_more)
 
 

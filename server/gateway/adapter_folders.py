@@ -85,7 +85,8 @@ def open_files(folder: Path) -> dict[str, tuple[BinaryIO, int]]:
 def remove_version(data: DataDirectory, path: str) -> None:
     """Remove a version's folder, and its adapter's folder when that was the last one. Repeats harmlessly."""
     folder = data.resolve(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     try:
         folder.parent.rmdir()
     except OSError:

@@ -46,6 +46,7 @@ class AdapterService:
         self._engine = engine
         self._base_model_id = base_model_id
         self._max_bytes = max_bytes
+        self._changing = asyncio.Lock()  # a version is not added to an adapter that is being deleted
         self._removals: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------------ life
@@ -109,12 +110,13 @@ class AdapterService:
 
     async def _take(self, tenant: str, name: str, folder: Path) -> tuple[Adapter, AdapterVersion]:
         checked = await self._check(folder)
-        known = await self._store.adapters.by_name(tenant, name)
-        adapter_id = known.id if known is not None else new_id(ADAPTER)
-        new = await asyncio.to_thread(
-            adapter_folders.move_version, self._data, folder, tenant, adapter_id, checked.digest
-        )
-        return await self._store.adapters.publish(tenant, name, new, adapter_id=adapter_id)
+        async with self._changing:
+            known = await self._store.adapters.by_name(tenant, name)
+            adapter_id = known.id if known is not None else new_id(ADAPTER)
+            new = await asyncio.to_thread(
+                adapter_folders.move_version, self._data, folder, tenant, adapter_id, checked.digest
+            )
+            return await self._store.adapters.publish(tenant, name, new, adapter_id=adapter_id)
 
     async def _check(self, folder: Path) -> AdapterChecked:
         try:
@@ -169,7 +171,8 @@ class AdapterService:
                 raise Conflict(
                     f"The job {job.id} still publishes versions of this adapter; cancel it first.", "adapter_in_use"
                 )
-        versions = await self._store.adapters.delete(tenant, adapter.id)
+        async with self._changing:
+            versions = await self._store.adapters.delete(tenant, adapter.id)
         if versions is None:
             raise not_found()
         if versions:

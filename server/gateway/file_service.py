@@ -56,12 +56,17 @@ class FileService:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return file_id, NewFile(path.stat().st_size, filename, purpose, digest)
 
+    def discard(self, tenant: str, file_id: str) -> None:
+        """Remove bytes for which no row was made. Blocks."""
+        self._data.file(tenant, file_id).unlink(missing_ok=True)
+
     async def remove_orphans(self) -> None:
-        """Remove bytes that no row names: what crashes left behind. Call before anything is uploaded."""
+        """Remove bytes that no row names, and unfinished uploads. Call at the start, before anything is uploaded."""
         known = await self._store.files.all_ids_for_recovery()
         await asyncio.to_thread(self._remove_all_but, known)
 
     def _remove_all_but(self, known: frozenset[tuple[str, str]]) -> None:
+        self._data.clean_tmp()
         for folder in (self._data.root / "files").iterdir():
             for path in folder.iterdir():
                 if (folder.name, path.name) not in known:

@@ -7,6 +7,7 @@ be interrupted at any point and goes on from the database and those files. One l
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import shutil
 import threading
@@ -23,7 +24,7 @@ from coserve.server.gateway.job_preparation import PreparationFailed, Preparer
 from coserve.server.gateway.job_queue import CRASHES_ALLOWED, Waiting, to_start
 from coserve.server.gateway.job_signals import JobSignals
 from coserve.server.store.datadir import DataDirectory
-from coserve.server.store.errors import EventGap, InvalidTransition
+from coserve.server.store.errors import EventGap, InvalidTransition, StoreUnavailable
 from coserve.server.store.job_events import NewEvent
 from coserve.server.store.job_progress import JobEffects
 from coserve.server.store.jobs import Job, JobChange
@@ -35,6 +36,7 @@ from coserve.server.store.transitions import (
     PAUSED,
     QUEUED,
     RUNNING,
+    SUCCEEDED,
     VALIDATING,
 )
 from coserve.server.wire.messages import Drained, EngineReady, JobEvent, StartJob, StopJob
@@ -42,7 +44,8 @@ from coserve.server.wire.messages import Drained, EngineReady, JobEvent, StartJo
 log = logging.getLogger("coserve.jobs")
 
 TICK_SECONDS = 5.0
-FREE_BYTES_TO_GO_ON = 256 * 1024**2
+PLENTY_OF_ROOM = 256 * 1024**2  # free bytes of the disk with which any paused job may try again
+SOME_ROOM = 1024**2  # bytes that became free: worth a try too
 
 
 class JobController:
@@ -76,6 +79,7 @@ class JobController:
         self._preparing: dict[str, tuple[asyncio.Task[None], threading.Event]] = {}
         self._worker: asyncio.Task[None] | None = None
         self._draining = False
+        self._free_bytes = 0  # of the disk, at the latest tick
 
     # ------------------------------------------------------------------ life
 
@@ -206,18 +210,31 @@ class JobController:
                 status=FAILED, error={"code": error.code, "message": error.message, "param": error.param},
                 events=[NewEvent(error.message, level="error")],
             )  # fmt: skip
-        except Exception:
+        except Exception as error:
             log.exception("job %s could not be prepared", job.id)
-            message = "The training file could not be prepared because of an error of the server; create the job again."
+            code, message = "internal_error", "The server had an error while it prepared the job; create it again."
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                code, message = STORAGE_FULL, "The server's disk is full; create the job again when there is room."
             change = JobChange(
-                status=FAILED, error={"code": "internal_error", "message": message, "param": None},
+                status=FAILED, error={"code": code, "message": message, "param": None},
                 events=[NewEvent(message, level="error")],
             )  # fmt: skip
+        while True:
+            try:
+                await self._leave_preparation(job, change)
+                return
+            except StoreUnavailable:
+                log.exception("job %s waits for the database", job.id)
+                await asyncio.sleep(self._tick_seconds)
+
+    async def _leave_preparation(self, job: Job, change: JobChange) -> None:
         async with self._lock:
             current = await self._store.jobs.get(job.tenant, job.id)
             if current is None or current.status != VALIDATING:
                 await asyncio.to_thread(self._preparer.discard, job.id)
                 return
+            if change.status == FAILED:
+                await asyncio.to_thread(self._preparer.discard, job.id)
             changed = await self._store.jobs.change(job.tenant, job.id, change)
             if changed is not None and changed.status == QUEUED and changed.requested == "pause":
                 await self._set_paused(changed)
@@ -286,8 +303,13 @@ class JobController:
             job = await self._store.jobs.find_for_recovery(job_id)
             if job is not None:
                 await self._try_to_catch_up(job)
+        before, self._free_bytes = self._free_bytes, shutil.disk_usage(self._data.root).free
+        freed = before < PLENTY_OF_ROOM and self._free_bytes >= before + SOME_ROOM
+        if freed:
+            # A full disk may have kept the engine from saying that it paused: running jobs ignore this.
+            await self._start_again()
         for job in await self._store.jobs.all_with_status_for_recovery((PAUSED,)):
-            if job.progress.get("reason") == STORAGE_FULL and self._room():
+            if job.progress.get("reason") == STORAGE_FULL and (freed or self._free_bytes >= PLENTY_OF_ROOM):
                 change = JobChange(
                     status=QUEUED, progress={**job.progress, "reason": None},
                     events=[NewEvent("There is room on the disk again; the job goes on")],
@@ -295,8 +317,11 @@ class JobController:
                 await self._store.jobs.change(job.tenant, job.id, change)
                 self.signals.notify(job.id)
 
-    def _room(self) -> bool:
-        return shutil.disk_usage(self._data.root).free >= FREE_BYTES_TO_GO_ON
+    async def _start_again(self) -> None:
+        for job_id in self._active:
+            job = await self._store.jobs.find_for_recovery(job_id)
+            if job is not None and job.status == RUNNING and job.requested is None:
+                await self._tell(StartJob(job_id, job.tenant))
 
     async def _reconcile(self, engine: EngineReady) -> None:
         """A connection to an engine: learn what happened meanwhile, stop what should not run, count crashes."""
@@ -382,8 +407,14 @@ class JobController:
         translation = translate(job, record, pace)
         effects = await self._on_disk(job, translation)
         try:
+            if translation.change.status == SUCCEEDED and job.status != RUNNING:  # it ran on before a pause reached it
+                await self._store.jobs.change(job.tenant, job.id, JobChange(status=RUNNING))
             await self._store.progress.apply(job.tenant, job.id, record["seq"], effects)
-        except EventGap:
+        except Exception as error:
+            if effects.result_file_id is not None:
+                await asyncio.to_thread(self._files.discard, job.tenant, effects.result_file_id)
+            if not isinstance(error, EventGap):
+                raise
             self._stuck.add(job.id)
             return False
         if translation.change.crashes == 0 and job.id in self._active:

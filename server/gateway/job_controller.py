@@ -289,7 +289,7 @@ class JobController:
                 job = await self._store.jobs.find_for_recovery(message.job_id)
                 if job is None or message.seq <= job.last_seq:
                     return
-                if False:
+                if message.seq > job.last_seq + 1:
                     await self._try_to_catch_up(job)
                 elif not await self._apply(job, message.record):
                     return

@@ -14,6 +14,7 @@ from coserve.server.api.auth import Caller
 from coserve.server.api.dependencies import ServicesOf, body_schema, read_json, validated
 from coserve.server.api.errors import clip, invalid, unsupported
 from coserve.server.api.generating import (
+    TRUNCATABLE,
     answer,
     completion_length,
     require_engine,
@@ -86,7 +87,7 @@ async def create_chat_completion(request: Request, services: ServicesOf, princip
 
     context = engine.max_model_len
     try:
-        limit = None if fields.truncate_prompt_tokens else context
+        limit = context * (TRUNCATABLE if fields.truncate_prompt_tokens else 1)
         prompt = await services.text.encode_chat(chat, limit=limit)
     except ChatTemplateError as error:
         raise invalid(clip(str(error), 500), "messages") from None

@@ -15,6 +15,7 @@ from coserve.server.api.auth import Caller
 from coserve.server.api.dependencies import ServicesOf, body_schema, read_json, validated
 from coserve.server.api.errors import invalid
 from coserve.server.api.generating import (
+    TRUNCATABLE,
     answer,
     completion_length,
     require_engine,
@@ -137,7 +138,7 @@ async def _prompt(
     keep = fields.truncate_prompt_tokens
     if isinstance(given, str):
         try:
-            limit = None if keep else engine.max_model_len
+            limit = engine.max_model_len * (TRUNCATABLE if keep else 1)
             special = fields.add_special_tokens is not False
             whole = await services.text.encode(given, add_special_tokens=special, limit=limit)
         except TooLong as error:

@@ -23,6 +23,7 @@ from coserve.server.wire.messages import AdapterRef, EngineReady
 
 log = logging.getLogger("coserve.generation")
 
+TRUNCATABLE = 16  # contexts: a longer prompt is refused even where it would be cut, before it costs seconds of CPU
 CLIENT_CLOSED_REQUEST = 499  # nobody is there to see it
 
 # What the engine may say of a sequence: the status, and a text where the engine's own is not for clients.

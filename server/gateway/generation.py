@@ -136,7 +136,6 @@ class Generation:
         self,
         request: GenerationRequest,
         choices: Sequence[Choice],
-        start: Callable[[Generate, asyncio.Event], EngineSequence],
         admission: Admission,
         place: Place,
         leave: ExitStack,
@@ -154,7 +153,11 @@ class Generation:
         self._news = asyncio.Event()
         self._waiting = {choice.index for choice in choices}
         self._sequences: dict[int, EngineSequence] = {}
-        for choice in choices:
+
+    def send(self, start: Callable[[Generate, asyncio.Event], EngineSequence]) -> None:
+        """Starts one sequence a choice."""
+        request = self.request
+        for choice in self.choices:
             prompt = request.prompts[choice.index // request.n]
             message = Generate(
                 request_id=f"{request.id}/{choice.index}",
@@ -163,7 +166,7 @@ class Generation:
                 sampling=replace(request.sampling, choice=choice.index % request.n),
                 adapter=request.adapter,
                 salt=request.salt,
-                arrived=arrived,
+                arrived=self.arrived,
             )
             self._sequences[choice.index] = start(message, self._news)
 
@@ -255,14 +258,18 @@ class GenerationService:
     def start(self, request: GenerationRequest, arrived: float) -> Generation:
         """Sends the request's sequences to the engine. Raises QueueFull, Unavailable."""
         sequences = len(request.prompts) * request.n
-        leave = ExitStack()
-        place = leave.enter_context(self.admission.enter(request.tenant, sequences))
         choices = []
         for index in range(sequences):
-            prompt = request.prompts[index // request.n]
-            continues = prompt if request.continues_prompt else ()
+            continues = request.prompts[index // request.n] if request.continues_prompt else ()
             choices.append(Choice(index, request, self._text.detokenizer(request.skip_special, continues)))
-        generation = Generation(request, choices, self._engine.generate, self.admission, place, leave, arrived)
+        leave = ExitStack()
+        place = leave.enter_context(self.admission.enter(request.tenant, sequences))
+        generation = Generation(request, choices, self.admission, place, leave, arrived)
+        try:
+            generation.send(self._engine.generate)
+        except BaseException:
+            generation.abandon()
+            raise
         self._running[request.id] = generation
         return generation
 

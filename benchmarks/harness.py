@@ -141,7 +141,7 @@ def machine(threads: int, more: dict[str, str] | None = None) -> dict[str, str]:
     facts = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "CPU": f"{_cpu_name()}, {cores()} cores, {threads} threads",
-        "load before": f"{os.getloadavg()[0]:.2f}",
+        "load before": load_average(),
         "Python": platform.python_version(),
     }
     for package in PACKAGES:
@@ -151,6 +151,11 @@ def machine(threads: int, more: dict[str, str] | None = None) -> dict[str, str]:
             facts[package] = "absent"
     facts["commit"] = _commit()
     return {**facts, **(more or {})}
+
+
+def load_average() -> str:
+    """Of the last minute: how quiet the machine was."""
+    return f"{os.getloadavg()[0]:.2f}"
 
 
 def _cpu_name() -> str:

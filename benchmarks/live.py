@@ -167,14 +167,16 @@ class Server:
         async def client(number: int, started: set[int], stop: asyncio.Event) -> None:
             length = max(2, new_tokens * (number + 1) // streams)
             while not stop.is_set():
-                before = None
+                asked, first, before = time.perf_counter(), None, None
                 async with contextlib.aclosing(self.stream(next(prompts), length)) as pieces:
                     async for now, count in pieces:
                         load.pieces.append((now, count, None if before is None else now - before))
-                        before = now
+                        first, before = first or now, now
                         started.add(number)
                         if stop.is_set():
                             return
+                if first is not None and before is not None:
+                    load.requests.append((asked, first, before, length))
                 length = new_tokens
 
         async def every() -> None:
@@ -229,6 +231,7 @@ class Load:
 
     streams: int
     pieces: list[tuple[float, int, float | None]] = field(default_factory=list)  # arrival, tokens, gap in its stream
+    requests: list[tuple[float, float, float, int]] = field(default_factory=list)  # sent, first token, last, tokens
     began: float = 0.0
     ended: float = 0.0
     wall_began: float = 0.0
@@ -242,6 +245,14 @@ class Load:
     def gaps(self) -> list[float]:
         """Inter-token latencies as a client sees them; a piece of several tokens is one gap."""
         return [gap for at, _, gap in self.pieces if gap is not None and self.began < at <= self.ended]
+
+    def kept(self, itl: float, ttft: float) -> list[bool]:
+        """For each request that was sent and ended in the time that counts: whether its first token came within
+        `ttft` seconds and its others at `itl` seconds a token or less."""
+        whole = [r for r in self.requests if r[0] >= self.began and r[2] <= self.ended]
+        return [
+            first - sent <= ttft and (last - first) / max(1, tokens - 1) <= itl for sent, first, last, tokens in whole
+        ]
 
 
 class Job:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from harness import Report, Worker, WorkerFailed, machine, median, parser, ratio, say, weight_shapes
+from harness import Report, Worker, WorkerFailed, load_average, machine, median, parser, ratio, say, weight_shapes
 from live import Server, random_prompts
 
 OURS, FLOOR = "coserve, over HTTP", "bare products (floor)"
@@ -81,7 +81,7 @@ def main() -> None:
             floors[count] = count / sum(part["seconds"] for part in parts)
             floor_forms[count] = parts[0]["forms"] | parts[1]["forms"]
 
-    facts["load after"] = machine(arguments.threads)["load before"]
+    facts["load after"] = load_average()
     medians = {name: {count: median(values) for count, values in by.items()} for name, by in rates.items()}
     report = Report(
         f"Serving: tokens/s of {arguments.prompt} + {arguments.new_tokens} tokens, float32",

@@ -17,7 +17,7 @@ import random
 from contextlib import ExitStack
 from typing import Any
 
-from harness import Report, Worker, WorkerFailed, machine, median, parser, ratio, say, weight_shapes
+from harness import Report, Worker, WorkerFailed, load_average, machine, median, parser, ratio, say, weight_shapes
 from live import Server, step_rate, training_rows
 
 WINDOW, HEAD_ROWS = 256, 64  # coserve's own sizes on a CPU
@@ -87,7 +87,7 @@ def main() -> None:
                     _note(rates, name, number, answer["tokens"] / answer["seconds"])
         floors = _floors(products, share, work)
 
-    facts["load after"] = machine(arguments.threads)["load before"]
+    facts["load after"] = load_average()
     flops = {name: 2 * ((w[0] + w[1]) * size["layers"] + (w[2] + w[3]) * size["head"]) for name, w in work.items()}
     medians = {name: median(found) for name, found in rates.items()}
     report = Report(

@@ -27,10 +27,9 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = Lines()
     sys.path.append(str(Path(__file__).resolve().parent.parent))
-    from harness import weight_shapes
-
     import torch
     import torch.nn.functional as F
+    from harness import weight_shapes
 
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)

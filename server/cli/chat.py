@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -38,6 +39,8 @@ def command(prompt: tuple[str, ...], model: str | None, system: str | None, **sa
 
 
 def _converse(talk: _Talk) -> None:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - input() edits lines and remembers them once it is there
     click.echo(f"{plain(talk.model)} (Ctrl-D or /exit to end, /new to start again)", err=True)
     while True:
         try:

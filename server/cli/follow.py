@@ -161,7 +161,7 @@ class _Bar:
         self._task = bar.add_task("", total=None)
 
     def line(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)  # ids stay whole
 
     def progress(self, progress: Progress) -> None:
         self._bar.update(

@@ -25,16 +25,11 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str
         for row in cells:
             click.echo("\t".join(row))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in cells:
-        table.add_row(*map(Text, row))
-    Console().print(table)
+    # no folding to the terminal's width: an id that is broken over two lines cannot be copied
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for number, row in enumerate([list(columns), *cells]):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        click.secho(line, bold=number == 0)
 
 
 def show_fields(fields: Sequence[tuple[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -164,6 +165,43 @@ def test_keys_are_made_for_a_tenant_that_sees_only_its_own(server, trained):
     assert server.cli("keys", "delete", key_id).returncode == 0
     gone = server.cli("models", key=key)
     assert gone.returncode == 1 and "COSERVE_API_KEY" in gone.stderr
+
+
+def test_in_a_terminal_there_is_a_bar_and_ids_stay_whole(server, rows):
+    code, out = in_terminal(server, "finetune", str(rows), "--follow", "--suffix", "m", "--epochs", "4")
+    assert code == 0, out
+    assert "\u2501" in out and re.search(r"8/8\S* succeeded", out), out
+    model = re.search(r"New fine-tuned model created: (ft:tiny-base:\w+:m:\w+)\r\n", out)[1]
+    assert f"ask it:    coserve chat --model {model}" in out
+    _, listed = in_terminal(server, "jobs", "list")
+    assert model in listed and "id" in listed.splitlines()[0]
+
+
+def test_a_conversation_in_a_terminal(server):
+    code, out = in_terminal(server, "chat", "--max-tokens", "4", say=["hello", "/new", "again", "/exit"])
+    assert code == 0 and "Error" not in out
+    assert out.count("> ") == 4
+
+
+def in_terminal(server: LiveServer, *arguments: str, say: list[str] | None = None) -> tuple[int, str]:
+    """Exit code and output of a command whose three streams are a terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    environment = {**server.client_environment, "TERM": "xterm", "COLUMNS": "80"}
+    process = subprocess.Popen(
+        [*COSERVE, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+    )
+    os.close(theirs)
+    words, out = list(say or []), b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # how a terminal says that the last process has left it
+            break
+        out += piece
+        if words and out.endswith(b"> "):
+            os.write(ours, words.pop(0).encode() + b"\n")
+    os.close(ours)
+    return process.wait(20), out.decode(errors="replace")
 
 
 def test_no_prompt_and_no_key_is_in_the_log(server):

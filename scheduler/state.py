@@ -58,9 +58,12 @@ class SweepState:
     partial_layer: int  # the layer that window goes on from
     head_rows_ready: int  # label rows forwarded and not yet through the head
     head_rows_left: int  # label rows not yet through the head, ready or not
-    backward: bool  # False for an evaluation sweep: done after the head
-    backward_layer: int  # current layer, layers-1 … 0; -1: all done
-    backward_tokens: int  # rows already done in the current layer
+    head_steps: int = 2  # sub-steps a batch of label rows takes through the head
+    head_partial_rows: int = 0  # rows of the batch that stopped part-way; still counted in ready and left
+    head_partial_steps: int = 0  # sub-steps it has done
+    backward: bool = True  # False for an evaluation sweep: done after the head
+    backward_layer: int = -1  # current layer, layers-1 … 0; -1: all done
+    backward_tokens: int = 0  # rows already done in the current layer
 
     @property
     def forward_done(self) -> bool:
@@ -103,8 +106,11 @@ class ForwardUnit:
 
 @dataclass(frozen=True, slots=True)
 class HeadUnit:
+    """The next batch of label rows, or the unfinished one, goes `steps` sub-steps further."""
+
     sweep_id: int
     rows: int
+    steps: int = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from coserve.scheduler.state import (
     SchedulerState,
     SweepState,
 )
+from coserve.server.engine.head import head_steps
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.requests import Request, RequestBook
 from coserve.server.engine.runner import Runner
@@ -117,11 +118,13 @@ class Calibration:
             half = max(1, self._model.layer_count // 4)
             self._run(Plan(units=(ForwardUnit(0, rows, half),)), {0: sweep})
             self._run(Plan(units=(ForwardUnit(0, rows, self._model.layer_count),)), {0: sweep}, teach=False)
-            for size in (1, min(16, sweep.head_left), sweep.head_left - 17):
-                if size > 0:
-                    self._run(Plan(units=(HeadUnit(0, size),)), {0: sweep})
+            steps = head_steps(self._model, True)
+            for size, cuts in ((4, (steps,)), (16, (steps,)), (64, (steps // 4, steps // 2, steps))):
+                for cut in cuts:
+                    if sweep.head_left and cut:
+                        self._run(Plan(units=(HeadUnit(0, size, cut),)), {0: sweep})
             while sweep.head_left:
-                self._run(Plan(units=(HeadUnit(0, 64),)), {0: sweep}, teach=False)
+                self._run(Plan(units=(HeadUnit(0, 64, steps),)), {0: sweep}, teach=False)
             for turn in range(min(3, self._model.layer_count)):
                 self._run(Plan(units=(BackwardUnit(0, rows),)), {0: sweep}, teach=turn > 0)
 
@@ -139,7 +142,7 @@ class Calibration:
         state = SchedulerState(
             now=0.0,
             requests=tuple(self._state(r) for r in self._requests),
-            sweeps=tuple(_sweep_state(i, s) for i, s in sweeps.items()),
+            sweeps=tuple(_sweep_state(i, s, head_steps(self._model, True)) for i, s in sweeps.items()),
             free_blocks=self._requests.blocks.free_blocks, block_size=self._requests.blocks.block_size,
             max_running=64, max_adapters=64,
         )  # fmt: skip
@@ -156,10 +159,12 @@ class Calibration:
         return self._requests.state(request, 1.0, True)
 
 
-def _sweep_state(sweep_id: int, sweep: Sweep) -> SweepState:
+def _sweep_state(sweep_id: int, sweep: Sweep, steps: int) -> SweepState:
     return SweepState(
         sweep_id=sweep_id, jobs=(), layers=sweep.layers, stream_tokens=sweep.rows, window=sweep.rows,
         forward_tokens=sweep.forward_rows, partial_tokens=sweep.partial_rows, partial_layer=sweep.partial_layer,
-        head_rows_ready=sweep.head_ready, head_rows_left=sweep.head_left, backward=True,
+        head_rows_ready=sweep.head_ready, head_rows_left=sweep.head_left, head_steps=steps,
+        head_partial_rows=sweep.head_batch.rows if sweep.head_batch else 0,
+        head_partial_steps=sweep.head_batch.steps if sweep.head_batch else 0, backward=True,
         backward_layer=sweep.layer, backward_tokens=sweep.rows - sweep.undone,
     )  # fmt: skip

@@ -4,8 +4,10 @@ With logits z of a row, p = softmax(z), label c and the row's weight m = 1 / (lo
 
     loss += -m log p_c,      dz = m (p - onehot(c)).
 
-Logits live for one unit only: one row of a 262k vocabulary is a megabyte. Fewer passes over them is what counts
-here: log-softmax, its maximum, and exp in place.
+A vocabulary is large (one row of 262k logits is a megabyte, and streaming its weights takes longer than a decode
+step), so a batch of rows goes over it in slices: first the logits of every slice, with a running log-sum-exp, then
+the gradient of every slice, written over its logits. A unit may stop after any slice; the result is the same to the
+bit however the slices are spread over units.
 """
 
 from __future__ import annotations
@@ -17,44 +19,104 @@ from coserve.server.engine.model import BaseModel
 from coserve.server.engine.sweep import Sweep
 
 
-def run_head_unit(model: BaseModel, sweep: Sweep, rows: int) -> None:
-    """The next `rows` label rows that are through the forward and not yet through the head."""
-    start = sweep.head_rows
-    end = min(start + rows, start + sweep.head_ready)
-    if sweep.final is None:
-        raise RuntimeError("the sweep has no forwarded label rows")
-    hidden = sweep.final[start:end].detach().requires_grad_(sweep.backward)
-    owners = sweep.label_owner[start:end]
-    steps = [sweep.sequences[int(owner)].step for owner in owners]
-    targets = torch.from_numpy(sweep.label_targets[start:end]).to(sweep.device)
-
-    with torch.set_grad_enabled(sweep.backward):
-        logits = model.frame.end(hidden)
-    losses, correct, dz = _cross_entropy(logits.detach(), targets, sweep.backward)
-    for step, loss, hit in zip(steps, losses.tolist(), correct.tolist(), strict=True):
-        step.loss_sum += loss
-        step.correct += hit
-    if dz is not None:
-        (d_hidden,) = torch.autograd.grad(logits, hidden, dz)
-        # A row's weight scales its whole gradient: apply it to H numbers, not to V.
-        weight = torch.tensor([[1.0 / step.loss_tokens] for step in steps], dtype=d_hidden.dtype, device=sweep.device)
-        if sweep.dy is None:
-            sweep.dy = hidden.new_zeros(sweep.rows, hidden.shape[1])
-        sweep.dy[torch.from_numpy(sweep.label_rows[start:end]).to(sweep.device)] = d_hidden * weight
-    sweep.head_rows = end
-    if sweep.head_left == 0 and sweep.forward_done:
-        sweep.final = None
+def head_steps(model: BaseModel, backward: bool) -> int:
+    """Sub-steps of one batch: a slice of the vocabulary forward, or backward."""
+    return len(model.head.slices) * (2 if backward else 1)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logits [R, V], targets int64 [R] -> -log p [R], hit [R], and p - onehot [R, V] in the logits' dtype."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    log_p = torch.log_softmax(logits, -1, dtype=wide)
-    chosen = log_p.gather(1, targets[:, None]).squeeze(1)
-    correct = chosen >= log_p.amax(-1)
-    losses = -chosen
-    if not gradient:
-        return losses, correct, None
-    dz = log_p.exp_()
-    dz[torch.arange(dz.shape[0], device=dz.device), targets] -= 1.0
-    return losses, correct, dz.to(logits.dtype)
+def run_head_unit(model: BaseModel, sweep: Sweep, rows: int, steps: int | None = None) -> None:
+    """Take the next `rows` label rows, or the unfinished batch, `steps` sub-steps further (None: to its end)."""
+    batch = sweep.head_batch
+    if batch is None:
+        batch = sweep.head_batch = HeadBatch(sweep, rows)
+    left = head_steps(model, sweep.backward) - batch.steps
+    for _ in range(left if steps is None else min(steps, left)):
+        batch.advance(model)
+    if batch.steps == head_steps(model, sweep.backward):
+        batch.finish()
+        sweep.head_batch = None
+
+
+class HeadBatch:
+    """Some label rows of a sweep on their way through the head."""
+
+    def __init__(self, sweep: Sweep, rows: int) -> None:
+        if sweep.final is None:
+            raise RuntimeError("the sweep has no forwarded label rows")
+        self._sweep = sweep
+        self.start = sweep.head_rows
+        self.end = min(self.start + rows, self.start + sweep.head_ready)
+        self.steps = 0
+        self._hidden = sweep.final[self.start : self.end].detach().requires_grad_(sweep.backward)
+        self._targets = torch.from_numpy(sweep.label_targets[self.start : self.end]).to(sweep.device)
+        self._logits: list[Tensor | None] = []  # per slice [R, slice], kept for the backward
+        self._lse: Tensor | None = None  # [R] over the slices so far
+        self._best: Tensor | None = None  # [R] largest logit so far
+        wide = torch.promote_types(sweep.dtype, torch.float32)
+        self._chosen = torch.zeros(self.rows, dtype=wide, device=sweep.device)  # [R] the labels' logits
+        self._gradient = torch.zeros_like(self._hidden) if sweep.backward else None
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.start
+
+    def advance(self, model: BaseModel) -> None:
+        """One sub-step."""
+        count = len(model.head.slices)
+        if self.steps < count:
+            self._forward(model, self.steps)
+        else:
+            self._backward(model, self.steps - count)
+        self.steps += 1
+
+    def _forward(self, model: BaseModel, index: int) -> None:
+        with torch.set_grad_enabled(self._sweep.backward):
+            logits = model.logits_slice(self._hidden, index)
+        z = logits.detach().to(self._chosen.dtype)
+        lse, best = torch.logsumexp(z, -1), z.amax(-1)
+        self._lse = lse if self._lse is None else torch.logaddexp(self._lse, lse)
+        self._best = best if self._best is None else torch.maximum(self._best, best)
+        rows, columns = self._labels_in(model.head.slices[index])
+        self._chosen[rows] = z[rows, columns]
+        if self._sweep.backward:
+            self._logits.append(logits)
+
+    def _backward(self, model: BaseModel, index: int) -> None:
+        logits = self._logits[index]
+        if logits is None or self._lse is None or self._gradient is None:
+            raise RuntimeError("the slice's logits are gone")
+        # `.data`: p is written over the logits, which nothing in the head's own backward reads (a head that did
+        # would fail the load-time probe).
+        p = logits.data.to(self._chosen.dtype).sub_(self._lse[:, None]).exp_()
+        rows, columns = self._labels_in(model.head.slices[index])
+        p[rows, columns] -= 1.0
+        (part,) = torch.autograd.grad(logits, self._hidden, p.to(logits.dtype))
+        self._gradient += part
+        self._logits[index] = None
+
+    def finish(self) -> None:
+        """Hand loss and gradient over; the rows are through."""
+        sweep = self._sweep
+        if self._lse is None or self._best is None:
+            raise RuntimeError("the batch has not been through the head")
+        steps = [sweep.sequences[int(owner)].step for owner in sweep.label_owner[self.start : self.end]]
+        losses, correct = self._lse - self._chosen, self._chosen >= self._best
+        for step, loss, hit in zip(steps, losses.tolist(), correct.tolist(), strict=True):
+            step.loss_sum += loss
+            step.correct += hit
+        if self._gradient is not None:
+            # A row's weight scales its whole gradient: apply it to H numbers, not to V.
+            weight = torch.tensor([[1.0 / step.loss_tokens] for step in steps], dtype=self._gradient.dtype)
+            if sweep.dy is None:
+                sweep.dy = self._gradient.new_zeros(sweep.rows, self._gradient.shape[1])
+            index = torch.from_numpy(sweep.label_rows[self.start : self.end]).to(sweep.device)
+            sweep.dy[index] = self._gradient * weight.to(sweep.device)
+        sweep.head_rows = self.end
+        if sweep.head_left == 0 and sweep.forward_done:
+            sweep.final = None
+
+    def _labels_in(self, part: slice) -> tuple[Tensor, Tensor]:
+        """(rows, columns) of the labels that lie in this slice of the vocabulary."""
+        inside = (self._targets >= part.start) & (self._targets < part.stop)
+        rows = inside.nonzero()[:, 0]
+        return rows, self._targets[rows] - part.start

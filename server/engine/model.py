@@ -6,9 +6,11 @@ rows of a layer call are: which adapter they use, what they attend to, what is k
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from coserve.kernels.attention.training import Score
@@ -17,6 +19,8 @@ from coserve.server.engine.attention import UnsupportedModel
 from coserve.server.engine.frame import Frame, LayerCall
 from coserve.server.engine.product import FrozenProduct, packing_available
 from coserve.server.training.peft.sites import Site
+
+_SLICE_ROWS = 16384  # vocabulary rows of one slice of the head
 
 
 class Pass(Protocol):
@@ -68,19 +72,43 @@ class AdapterLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class FrozenLinear(nn.Module):
-    """A frozen linear layer without adapters: the language-model head."""
+class Head(nn.Module):
+    """The language-model head without adapters, in slices of the vocabulary: all of them, or the one selected.
 
-    def __init__(self, product: FrozenProduct) -> None:
+    A product with the whole vocabulary can outlast an iteration's budget and its result is large; a slice is
+    neither. Logit scaling and capping work on each logit alone, so the model's own code runs on a slice as well.
+    """
+
+    def __init__(self, linear: nn.Linear, *, pack: bool, pack_transposed: bool) -> None:
         super().__init__()
-        self.product = product
+        vocabulary = linear.out_features
+        count = max(1, round(vocabulary / _SLICE_ROWS))
+        borders = [vocabulary * i // count for i in range(count + 1)]
+        self.slices = [slice(a, b) for a, b in itertools.pairwise(borders)]
+        self._products = [
+            FrozenProduct(
+                linear.weight[part], None if linear.bias is None else linear.bias[part],
+                pack=pack, pack_transposed=pack_transposed,
+            )
+            for part in self.slices
+        ]  # fmt: skip
+        self._weight = linear.weight.detach()
+        self.selected: int | None = None
 
     @property
     def weight(self) -> Tensor:
-        return self.product.weight
+        return self._weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x)
+        """[..., H] -> [..., V], or [..., rows of the selected slice]"""
+        if self.selected is not None:
+            return self._products[self.selected](x)
+        if len(self._products) == 1:
+            return self._products[0](x)
+        out = x.new_empty(*x.shape[:-1], self._weight.shape[0])
+        for part, product in zip(self.slices, self._products, strict=True):
+            out[..., part] = product(x)
+        return out
 
 
 class BaseModel:
@@ -103,7 +131,7 @@ class BaseModel:
         self.dtype, self.device = first.dtype, first.device
         self._binding = _Binding()
         self.sites: tuple[Site, ...] = tuple(self._wrap_linears(training))
-        self._wrap_head(training)
+        self.head = self._wrap_head(training)
         self.frame = Frame(model, self.base_name, "layers")
 
     @property
@@ -133,6 +161,19 @@ class BaseModel:
         self.frame.set_layer_output(out)
         return out[0] if isinstance(out, tuple) else out
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Output of the last layer [R, H] -> logits [R, V], without gradients."""
+        with torch.no_grad():
+            return self.frame.end(hidden)
+
+    def logits_slice(self, hidden: Tensor, index: int) -> Tensor:
+        """The logits of vocabulary `head.slices[index]`: [R, rows of it]. Differentiable in hidden."""
+        self.head.selected = index
+        try:
+            return self.frame.end(hidden)
+        finally:
+            self.head.selected = None
+
     def _wrap_linears(self, training: bool) -> list[Site]:
         sites = []
         for index, layer in enumerate(self.layers):
@@ -148,14 +189,16 @@ class BaseModel:
                 sites.append(site)
         return sites
 
-    def _wrap_head(self, training: bool) -> None:
-        head = self.hf.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
+    def _wrap_head(self, training: bool) -> Head:
+        linear = self.hf.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
             raise UnsupportedModel("its output head is not a linear layer")
+        pack = packing_available(linear.weight.dtype, linear.weight.device)
         for name, module in self.hf.named_modules():
-            if module is head:
-                self.hf.set_submodule(name, FrozenLinear(self._product(head, training)))
-                return
+            if module is linear:
+                head = Head(linear, pack=pack, pack_transposed=pack and training)
+                self.hf.set_submodule(name, head)
+                return head
         raise UnsupportedModel("its output head is not one of its modules")
 
     def _product(self, linear: nn.Linear, training: bool) -> FrozenProduct:

@@ -129,12 +129,8 @@ class Runner:
                 complete.append(request)
         for start in range(0, len(ends), _LOGIT_ROWS):
             chunk = slice(start, start + _LOGIT_ROWS)
-            sampled = sample(self._logits(hidden[ends[chunk]]), [r.row for r in complete[chunk]])
+            sampled = sample(self.model.logits(hidden[ends[chunk]]), [r.row for r in complete[chunk]])
             outcome.sampled += zip(complete[chunk], sampled, strict=True)
-
-    @torch.no_grad()
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.frame.end(hidden)
 
     def _prompt_logprobs(self, request: Request, hidden: Tensor) -> None:
         """hidden [rows, H] of a prompt chunk: row i predicts the token after it."""
@@ -145,7 +141,7 @@ class Runner:
         top = request.message.sampling.prompt_logprobs or 0
         for start in range(0, len(following), _LOGIT_ROWS):
             targets = following[start : start + _LOGIT_ROWS]
-            logits = self._logits(hidden[start : start + len(targets)])
+            logits = self.model.logits(hidden[start : start + len(targets)])
             for entry in token_logprobs(logits, targets, top):
                 request.prompt_logprobs.append(TokenLogprob(entry.token_id, float(entry.logprob or 0.0), entry.top))
 
@@ -158,7 +154,7 @@ class Runner:
         work.adapters.update(f"job:{step.job_id}" for step in sweep.steps)
         if isinstance(unit, HeadUnit):
             before = sweep.head_rows
-            run_head_unit(self.model, sweep, unit.rows)
+            run_head_unit(self.model, sweep, unit.rows, unit.steps)
             work.head += sweep.head_rows - before
         elif isinstance(unit, BackwardUnit):
             rows = min(unit.tokens, sweep.undone)

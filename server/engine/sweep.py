@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor
 from coserve.kernels.dropout import RowKeys, dropout_rows
 from coserve.kernels.lora import LoraSegment
 from coserve.server.training.peft.sites import Site
+
+if TYPE_CHECKING:
+    from coserve.server.engine.head import HeadBatch
 
 
 class TrainingAdapter(Protocol):
@@ -100,6 +103,7 @@ class Sweep:
         self.partial_rows = 0  # rows of the window that stopped at a layer boundary …
         self.partial_layer = 0  # … and the layer it goes on from
         self.head_rows = 0  # label rows through the head
+        self.head_batch: HeadBatch | None = None  # label rows part-way through it
         self.layer = layers - 1  # backward: current layer, -1 when done
         self.undone = self.rows  # backward: rows [0, undone) of the current layer are still to do
         self.dy: Tensor | None = None  # [N, H] gradient of the current layer's output; becomes that of its input
@@ -239,6 +243,7 @@ class Sweep:
         labels_live = live[self.label_rows] if len(self.label_rows) else np.zeros(0, dtype=bool)
         index = torch.from_numpy(np.flatnonzero(live)).to(self.device)
         self.head_rows = int(labels_live[: self.head_rows].sum())
+        self.head_batch = None  # its rows begin anew
         self.partial_rows = int(live[self.forward_rows : self.forward_rows + self.partial_rows].sum())
         self.forward_rows = int(live[: self.forward_rows].sum())
         self.undone = int(live[: self.undone].sum())

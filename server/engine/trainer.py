@@ -18,6 +18,7 @@ from torch import Tensor
 
 from coserve.scheduler.state import SweepJob, SweepState
 from coserve.server.engine.adapter_pool import AdapterPool, PoolFull
+from coserve.server.engine.head import head_steps
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.options import EngineOptions
 from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
@@ -305,6 +306,9 @@ class Trainer:
             sweep_id=sweep_id, jobs=tuple(jobs), layers=sweep.layers, stream_tokens=sweep.rows,
             window=self._options.window(), forward_tokens=sweep.forward_rows, partial_tokens=sweep.partial_rows,
             partial_layer=sweep.partial_layer, head_rows_ready=sweep.head_ready, head_rows_left=sweep.head_left,
+            head_steps=head_steps(self._model, sweep.backward),
+            head_partial_rows=sweep.head_batch.rows if sweep.head_batch else 0,
+            head_partial_steps=sweep.head_batch.steps if sweep.head_batch else 0,
             backward=sweep.backward, backward_layer=sweep.layer, backward_tokens=sweep.rows - sweep.undone,
         )  # fmt: skip
 

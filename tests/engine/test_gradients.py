@@ -84,8 +84,8 @@ def test_two_jobs_of_different_rank_and_a_third_that_leaves_midway():
                 assert worst_error(steps[name][0], reference) <= 1e-9
 
 
-def _run_until(model, sweep, units):
-    """Carry out units of 16 rows until the sweep is done, or only so many of them."""
+def _run_until(model, sweep, units, stop_at_head=False):
+    """Carry out units of 16 rows until the sweep is done, or only so many of them, or until the head's turn."""
     from coserve.server.engine.backward import run_backward_unit
     from coserve.server.engine.forward import run_sweep_layers
     from coserve.server.engine.head import run_head_unit
@@ -94,7 +94,33 @@ def _run_until(model, sweep, units):
         if not sweep.forward_done:
             run_sweep_layers(model, sweep, min(16, sweep.rows - sweep.forward_rows), 2)
         elif sweep.head_left:
+            if stop_at_head:
+                return
             run_head_unit(model, sweep, 8)
         else:
             run_backward_unit(model, sweep, 16)
         units = None if units is None else units - 1
+
+
+def test_a_head_batch_is_the_same_to_the_bit_however_its_slices_are_cut(monkeypatch):
+    from coserve.server.engine import model as engine_model_module
+    from coserve.server.engine.head import head_steps, run_head_unit
+
+    monkeypatch.setattr(engine_model_module, "_SLICE_ROWS", 100)
+    model = engine_model("gemma3_text", torch.float32)
+    assert head_steps(model, backward=True) == 10
+    oracle = PeftOracle("gemma3_text", torch.float32, rank=4, seed=1)
+    rows = random_rows([40, 31], 512, seed=3)
+    results = []
+    for cut in (None, 1, 3):
+        step = new_step("a", oracle, rows)
+        sweep = new_sweep(model, {"a": (step, rows)}, save=False)
+        _run_until(model, sweep, units=10**6, stop_at_head=True)
+        while sweep.head_left:
+            run_head_unit(model, sweep, 16, cut)
+        results.append((step.loss_sum, step.correct, sweep.dy))
+    for other in results[1:]:
+        assert other[:2] == results[0][:2]
+        assert torch.equal(other[2], results[0][2])
+    check("gemma3_text", torch.float64, 1e-9, windows=[13], save=True)
+    check("granite", torch.float64, 1e-9, windows=[13], save=False)

@@ -13,6 +13,6 @@ import click
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where the model and the jobs go.")
 def command(model: str | None, data_dir: Path | None) -> None:
     """Show co-serving: streams that keep flowing while an adapter is trained, then asked. Ends by itself."""
-    from coserve.server.demo.show import main  # type: ignore[import-not-found,unused-ignore]
+    from coserve.server.demo.show import main
 
     sys.exit(main(model=model, data_dir=data_dir))

@@ -31,7 +31,7 @@ from coserve.server.api.generation_params import (
 )
 from coserve.server.api.usage_shape import chat_logprob, usage_json
 from coserve.server.data.chat_template import ChatTemplateError
-from coserve.server.gateway.generation import GenerationRequest, Piece
+from coserve.server.gateway.choice import GenerationRequest, Piece
 from coserve.server.gateway.services import Services
 from coserve.server.gateway.text import Chat, TextModel, TooLong
 from coserve.server.store.ids import CHAT_COMPLETION, new_id

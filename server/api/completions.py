@@ -32,7 +32,7 @@ from coserve.server.api.generation_params import (
     warning_headers,
 )
 from coserve.server.api.usage_shape import finite, token_label, usage_json
-from coserve.server.gateway.generation import GenerationRequest, Piece
+from coserve.server.gateway.choice import GenerationRequest, Piece
 from coserve.server.gateway.services import Services
 from coserve.server.gateway.text import TextModel, TooLong
 from coserve.server.store.ids import COMPLETION, new_id

@@ -10,9 +10,10 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
 from coserve.server.api.errors import ApiError, from_refusal, internal_error, invalid, model_not_found
+from coserve.server.gateway.choice import GenerationRequest, Piece
 from coserve.server.gateway.disconnects import ClientGone, while_connected
-from coserve.server.gateway.engine_client import SequenceFailed
-from coserve.server.gateway.generation import Generation, GenerationRequest, Piece
+from coserve.server.gateway.engine_sequence import SequenceFailed
+from coserve.server.gateway.generation import Generation
 from coserve.server.gateway.refusals import Refused
 from coserve.server.gateway.services import Services
 from coserve.server.gateway.sse import DONE, KEEPALIVE, EventStream, event

@@ -11,11 +11,11 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from coserve.server.gateway.engine_sequence import EngineSequence
 from coserve.server.wire.codec import WireError
 from coserve.server.wire.messages import (
     Abort,
@@ -29,7 +29,6 @@ from coserve.server.wire.messages import (
     GetIterations,
     Iterations,
     Stats,
-    TokenLogprob,
     Tokens,
 )
 from coserve.server.wire.stream import MessageStream
@@ -37,93 +36,11 @@ from coserve.server.wire.stream import MessageStream
 log = logging.getLogger("coserve.engine_client")
 
 M = TypeVar("M")
-_TOKENS_AT_ONCE = 2048
 _BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class EngineUnavailable(Exception):
     """There is no engine to ask, or it did not answer in time."""
-
-
-class SequenceFailed(Exception):
-    """A sequence ended without a result; `code` is an error code of the API."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """Everything that came for a sequence since it was last asked."""
-
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-    cached_tokens: int
-    logprobs: tuple[TokenLogprob, ...]
-    prompt_logprobs: tuple[TokenLogprob | None, ...]
-    stop_token: bool
-
-
-class EngineSequence:
-    """One running sequence: `take` after every `news` until a finish reason, then `close`; closing early aborts it."""
-
-    def __init__(self, client: EngineClient, message: Generate, news: asyncio.Event) -> None:
-        self._client = client
-        self._news = news
-        self._parts: deque[Tokens] = deque()
-        self._failure: SequenceFailed | None = None
-        self.message = message
-        self.attempt = 0
-        self.started = False
-        self.finished = False
-
-    @property
-    def wire_id(self) -> str:
-        """A new id for every attempt: a lost connection's tokens must not reach the sequence that replaced it."""
-        return self.message.request_id if self.attempt == 0 else f"{self.message.request_id}~{self.attempt}"
-
-    def take(self) -> Update | None:
-        """What came since the last call, merged; None if nothing did. Raises SequenceFailed.
-
-        At most some thousand tokens at once: whoever comes back late must not hold the event loop for all of them.
-        """
-        parts: list[Tokens] = []
-        tokens = 0
-        while self._parts and tokens < _TOKENS_AT_ONCE:
-            parts.append(self._parts.popleft())
-            tokens += len(parts[-1].token_ids)
-        if self._parts:
-            self._news.set()
-        if not parts:
-            if self._failure is not None:
-                raise self._failure
-            return None
-        return Update(
-            token_ids=tuple(itertools.chain.from_iterable(part.token_ids for part in parts)),
-            finish_reason=parts[-1].finish_reason,
-            cached_tokens=parts[-1].cached_tokens,
-            logprobs=tuple(itertools.chain.from_iterable(part.logprobs for part in parts)),
-            prompt_logprobs=next((part.prompt_logprobs for part in parts if part.prompt_logprobs), ()),
-            stop_token=parts[-1].stop_token,
-        )
-
-    def close(self) -> None:
-        """Ends the caller's interest; the engine is told if the sequence still runs. Idempotent."""
-        self._client._forget(self)
-
-    def _deliver(self, part: Tokens) -> None:
-        self.started = True
-        self.finished = part.finish_reason is not None
-        self._parts.append(part)
-        self._news.set()
-
-    def fail(self, code: str, message: str) -> None:
-        """Ends the sequence for its reader, who gets SequenceFailed after what came before."""
-        self.finished = True
-        self._failure = SequenceFailed(code, message)
-        self._news.set()
 
 
 class EngineClient:
@@ -207,7 +124,7 @@ class EngineClient:
 
     def generate(self, message: Generate, news: asyncio.Event) -> EngineSequence:
         """Starts a sequence, which sets `news` whenever there is something to take; waits for an engine if need be."""
-        sequence = EngineSequence(self, message, news)
+        sequence = EngineSequence(message, news, self._forget)
         self._sequences[sequence.wire_id] = sequence
         if self.engine is not None:
             self._post(replace(message, request_id=sequence.wire_id))
@@ -305,7 +222,7 @@ class EngineClient:
             case Tokens():
                 sequence = self._sequences.get(message.request_id)
                 if sequence is not None and not sequence.finished:
-                    sequence._deliver(message)
+                    sequence.deliver(message)
             case Failed():
                 sequence = self._sequences.get(message.request_id)
                 if sequence is not None and not sequence.finished:

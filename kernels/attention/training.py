@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,14 +107,17 @@ class Attention(torch.autograd.Function):
     """Differentiable attention of one span; with `stored` (out, lse) of these rows the forward is not repeated."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, score, sinks, stored):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, score: Score, sinks: Tensor | None,
+        stored: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:  # fmt: skip
         out, lse = attention_forward(q, k, v, mask, score, sinks) if stored is None else stored
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mask, ctx.score, ctx.sinks = mask, score, sinks
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = attention_backward(grad, q, k, v, out, lse, ctx.mask, ctx.score, ctx.sinks)
         return dq, dk, dv, None, None, None, None

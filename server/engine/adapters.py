@@ -74,11 +74,11 @@ class AdapterBook:
         Returns the versions that cannot be served, digest -> reason.
         """
         failed: dict[str, str] = {}
-        for digest, image in self._loader.poll():
-            if isinstance(image, Exception):
-                failed[digest] = str(image)
+        for digest, result in self._loader.poll():
+            if isinstance(result, Exception):
+                failed[digest] = str(result)
             else:
-                self._arrived[digest] = image
+                self._arrived[digest] = result
         order: dict[str, AdapterRef] = {ref.digest: ref for ref in wanted}
         keep: set[str] = set()
         for digest, ref in order.items():

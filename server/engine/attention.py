@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 
 from coserve.kernels.attention.training import Score
@@ -32,7 +32,7 @@ class AttentionPass(Protocol):
 
 
 def coserve_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
     softcap: float | None = None, s_aux: Tensor | None = None, engine_ctx: AttentionPass | None = None,
     **kwargs: Any,

@@ -47,8 +47,9 @@ class _ThrowawayAdapter:
 
     def pair(self, site: Site) -> tuple[Tensor, Tensor, float]:
         if site.name not in self._pairs:
-            kind = {"dtype": self._model.dtype, "device": self._model.device}
-            a, b = torch.randn(16, site.in_features, **kind), torch.randn(16, site.out_features, **kind)  # type: ignore[arg-type]
+            dtype, device = self._model.dtype, self._model.device
+            a = torch.randn(16, site.in_features, dtype=dtype, device=device)
+            b = torch.randn(16, site.out_features, dtype=dtype, device=device)
             self._pairs[site.name] = (a * 0.01, b * 0.01)
         a, b = self._pairs[site.name]
         return a, b, 1.0

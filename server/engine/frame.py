@@ -44,7 +44,7 @@ class _Recorder(nn.Module):
 class Frame:
     """`begin`, `calls` and `end` of a causal LM. Not reentrant; calls no decoder layer."""
 
-    def __init__(self, model: nn.Module, base_name: str, layers_name: str) -> None:
+    def __init__(self, model: Any, base_name: str, layers_name: str) -> None:
         base = getattr(model, base_name)
         self._layers = getattr(base, layers_name)
         self._hidden_size = int(model.config.hidden_size)

@@ -59,7 +59,7 @@ def load_model(options: EngineOptions) -> LoadedModel:
         raise ModelRefused(f"{folder}: this model ({config.model_type}) is not supported: {error}") from error
     digest = _digest(folder, weights)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=True,
             use_safetensors=True,
         )  # fmt: skip

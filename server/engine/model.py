@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ class BaseModel:
     for structures that cannot be run exactly.
     """
 
-    def __init__(self, model: nn.Module, *, training: bool = True) -> None:
+    def __init__(self, model: Any, *, training: bool = True) -> None:
         self.hf = model.eval().requires_grad_(False)
         self.config = model.config
         self.base_name = model.base_model_prefix

@@ -74,7 +74,7 @@ def _shrink(config: Any) -> Any:
     return small
 
 
-def _reference_model(config: Any) -> nn.Module:
+def _reference_model(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -114,7 +114,7 @@ class _PlainLora:
         }
         self._handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.leaves]
 
-    def _hook(self, name: str):
+    def _hook(self, name: str) -> Callable[..., Tensor]:
         def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             a, b = self.leaves[name]
             return out + 0.5 * ((args[0] @ a.t()) @ b)

@@ -8,6 +8,8 @@ weight's own gradient: it has none.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,13 +53,13 @@ class FrozenProduct:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, product: FrozenProduct, stored: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, product: FrozenProduct, stored: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.product = product
         # A view, never the stored tensor itself: autograd would mark it as its own output.
         return product.forward(x) if stored is None else stored.view_as(stored)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return ctx.product.input_gradient(dy), None, None
 
 

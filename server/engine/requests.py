@@ -6,7 +6,7 @@ then runs them as a prompt and goes on exactly where it was. Nothing here runs a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from coserve.scheduler.state import RequestState
@@ -61,7 +61,7 @@ class RequestBook:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def __iter__(self) -> Iterable[Request]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Request]:
         return iter(self._requests.values())
 
     @property

@@ -34,7 +34,8 @@ async def listening(world: World, **limits: Any) -> AsyncIterator[int]:
     }  # fmt: skip
     config = uvicorn.Config(
         create_app(world.services), http=limited(**values), ws="none", lifespan="off", log_config=None, port=0,
-        access_log=False, proxy_headers=False, h11_max_incomplete_event_size=settings.max_header * 2, timeout_graceful_shutdown=1,
+        access_log=False, proxy_headers=False, h11_max_incomplete_event_size=settings.max_header * 2,
+        timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = Server(config)
     serving = asyncio.create_task(server.serve())

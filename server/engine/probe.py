@@ -9,6 +9,7 @@ windowed backward, two adapters in one pass. A model that deviates is refused: a
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np

@@ -76,8 +76,8 @@ def open_files(folder: Path) -> dict[str, tuple[BinaryIO, int]]:
             handle = (folder / name).open("rb")
             opened[name] = (handle, os.fstat(handle.fileno()).st_size)
     except OSError:
-        for handle, _ in opened.values():
-            handle.close()
+        for file, _ in opened.values():
+            file.close()
         raise
     return opened
 

@@ -349,6 +349,57 @@ def test_pause_and_resume(tmp_path):
     in_world(tmp_path, scenario)
 
 
+def test_pause_before_validation_is_done(tmp_path):
+    async def scenario(world):
+        url, engine = "/v1/fine_tuning/jobs", world.engine
+        job_id = (await world.create())["id"]
+        assert (await world.a.post(f"{url}/{job_id}/pause")).status_code == 200
+        await world.status(job_id, "paused")
+        assert (await world.a.post(f"{url}/{job_id}/resume")).json()["status"] == "queued"
+        await world.started(job_id)
+        await engine.crash()
+        other = (await world.create(file=await world.upload(rows=2000)))["id"]
+        assert (await world.a.post(f"{url}/{other}/pause")).json()["status"] == "validating_files"
+        assert (await world.a.post(f"{url}/{other}/resume")).json()["status"] == "validating_files"
+        await world.started(other)
+
+    in_world(tmp_path, scenario)
+
+
+def test_a_cancelled_validation_leaves_nothing(tmp_path):
+    async def scenario(world):
+        job_id = (await world.create(file=await world.upload(rows=5000)))["id"]
+        assert (await world.a.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")).json()["status"] == "cancelled"
+        await world.until(lambda: job_id not in world.services.controller._validation)
+        assert not (world.engine.data_dir / "jobs" / job_id / "tokens").exists()
+        assert world.engine.started() == []
+
+    in_world(tmp_path, scenario)
+
+
+def test_one_job_whose_events_cannot_be_stored_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    async def scenario(world):
+        world.services.controller._tick_seconds = 0.1
+        blocked, other = await world.running(), await world.running()
+        world.engine.finish(blocked)  # its version cannot be copied for a while
+        for step in range(1, 40):
+            world.engine.step(other, step, 50)
+            await asyncio.sleep(0.01)  # news keep coming: the clock has to tick all the same
+        assert (await world.job(other))["progress"]["step"] > 10
+        monkeypatch.undo()
+        assert await world.status(blocked, "succeeded")
+
+    real = adapter_folders.shutil.copyfile
+
+    def full(source, *args, **options):
+        if "step-00000010" in str(source):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(source, *args, **options)
+
+    monkeypatch.setattr(adapter_folders.shutil, "copyfile", full)
+    in_world(tmp_path, scenario)
+
+
 def test_resume_before_the_pause_is_done_wins(tmp_path):
     async def scenario(world):
         url, engine = "/v1/fine_tuning/jobs", world.engine
@@ -398,7 +449,7 @@ def test_slots_are_handed_out_first_come_first_served(tmp_path):
         jobs = []
         for _ in range(5):
             jobs.append((await world.create(file=file))["id"])
-            await world.until(lambda: not world.services.controller._preparing)
+            await world.until(lambda: not world.services.controller._validation._running)
         await world.until(lambda: len(world.engine.started()) == 2)
         assert world.engine.started() == jobs[:2]
         waiting = [await world.job(job_id) for job_id in jobs]

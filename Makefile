@@ -1,8 +1,10 @@
 # Two commands set everything up: `make demo` (or `make serve`) and `make test`.
 # PYTHON=python3.12 chooses the interpreter, TORCH_INDEX=URL another index for torch, MODEL=PATH_OR_HUB_ID another model.
+# OPTIONS='--port 9000 …' goes to `coserve serve`.
 
 PYTHON ?= python3
-DATA_DIR ?= coserve-data
+# A data directory belongs to one base model.
+DATA_DIR ?= coserve-data$(if $(MODEL),-$(notdir $(patsubst %/,%,$(MODEL))))
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -11,10 +13,12 @@ STAMP := $(VENV)/.coserve
 .PHONY: demo serve test lint clean
 
 demo: $(STAMP)-demo
-	$(BIN)/coserve demo --data-dir "$(DATA_DIR)" $(if $(MODEL),--model "$(MODEL)")
+	@COSERVE_MAKE=1 $(BIN)/coserve demo --data-dir "$(DATA_DIR)" $(if $(MODEL),--model "$(MODEL)")
 
 serve: $(STAMP)-demo
-	$(BIN)/python -P -m coserve.server.demo.serve --data-dir "$(DATA_DIR)" $(if $(MODEL),--model "$(MODEL)")
+	@model="$(MODEL)"; \
+	test -n "$$model" || model=$$($(BIN)/python -P -m coserve.server.demo.base_model --data-dir "$(DATA_DIR)") || exit 1; \
+	exec $(BIN)/coserve serve --model "$$model" --data-dir "$(DATA_DIR)" $(OPTIONS)
 
 test: $(STAMP)-test lint
 	$(BIN)/pytest

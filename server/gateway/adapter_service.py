@@ -28,6 +28,7 @@ log = logging.getLogger("coserve.adapters")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOOKS_LIKE_AN_ID = re.compile(r"(?:adapter|ftjob)-[0-9A-Za-z]{22}")
 _RETRY_SECONDS = 5.0
+_ENGINE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,10 +197,16 @@ class AdapterService:
                 await self._store.adapters.files_removed(versions[0].tenant, versions[0].adapter_id)
                 return
             except EngineUnavailable:
-                log.debug("the removal of adapter %s waits for the engine", versions[0].adapter_id)
+                await self._engine_back()
             except Exception:
                 log.exception("adapter %s could not be removed; trying again", versions[0].adapter_id)
-            await asyncio.sleep(_RETRY_SECONDS)
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _engine_back(self) -> None:
+        try:
+            await self._engine.wait_ready(_ENGINE_SECONDS)
+        except EngineUnavailable:
+            log.debug("deleted adapters still wait for the engine")
 
 
 def not_found() -> NotFound:

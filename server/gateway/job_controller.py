@@ -160,18 +160,18 @@ class JobController:
     # ------------------------------------------------------------------ news of the engine
 
     async def _work(self) -> None:
-        next_tick = time.monotonic() + self._tick_seconds
+        ticked = time.monotonic()
         while True:
             message: Any = "tick"
-            left = next_tick - time.monotonic()
+            left = ticked + self._tick_seconds - time.monotonic()
             if left > 0:
                 try:
-                    async with asyncio.timeout(min(left, self._tick_seconds)):
+                    async with asyncio.timeout(left):
                         message = await self._inbox.get()
                 except TimeoutError:
                     continue
             else:
-                next_tick = time.monotonic() + self._tick_seconds
+                ticked = time.monotonic()
             try:
                 async with self._lock:
                     await self._handle(message)

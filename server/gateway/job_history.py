@@ -36,7 +36,7 @@ class JobHistory:
             yield job, translation
 
     async def apply(self, job: Job, record: dict[str, Any]) -> tuple[Job, Translation]:
-        """Apply the next event. Raises EventGap if it is not the next, StoreUnavailable, OSError; nothing is kept then."""
+        """Apply the next event, all of it or nothing. Raises EventGap for another one, StoreUnavailable, OSError."""
         translation = translate(job, record, self._paces.setdefault(job.id, Pace()))
         effects = await self._on_disk(job, translation)
         try:

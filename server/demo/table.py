@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-_PLAIN_SECONDS = 5.0
+_PLAIN_SECONDS = 10.0
 _NAMES = {
     "decode": "decode (tenant A's streams)",
     "prefill": "prefill",
@@ -38,7 +38,7 @@ class Picture:
 
 
 class LiveTable:
-    """Shows pictures; use it in `with`. Without a terminal it prints one line every five seconds."""
+    """Shows pictures; use it in `with`. Without a terminal it prints one line every ten seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -85,6 +85,8 @@ def as_table(picture: Picture) -> Table:
 def as_line(picture: Picture) -> str:
     rates = " ".join(f"{kind} {picture.rates.get(kind, 0.0):.1f}" for kind in _NAMES)
     line = f"{picture.stage}: tokens/s {rates} | P50 {_milliseconds(picture.p50)} P99 {_milliseconds(picture.p99)}"
+    if picture.promise:
+        line += f" (promised {_milliseconds(picture.promise)})"
     if picture.step is not None:
         loss = "–" if picture.loss is None else f"{picture.loss:.3f}"
         eta = "" if picture.eta is None else f", {picture.eta:.0f} s left"

@@ -1,0 +1,93 @@
+"""Each benchmark runs at toy size and its figures hang together. What they say of speed is not looked at."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def table(output: str) -> dict[str, list[str]]:
+    """First cell -> the other cells of a row."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if line[:1] == "|"]
+    assert len({len(row) for row in rows}) == 1, "rows of different lengths"
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+def check_machine(output: str, figures: dict) -> None:
+    for fact in ("date", "CPU", "load before", "load after", "torch", "transformers", "peft", "commit"):
+        assert f"{fact} {figures['machine'][fact]}" in output
+
+
+def test_serving(run_benchmark, tmp_path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'no vllm here' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    output, figures = run_benchmark(
+        "serving.py", "--concurrency", 1, 3, "--prompt=12", "--new-tokens=4", "--rounds=2", f"--peer-python={broken}"
+    )
+    check_machine(output, figures)
+    rows = table(output)
+    measured = {"coserve, over HTTP", "transformers generate", "transformers continuous batching"}
+    assert set(rows) == measured | {"bare products (floor)"}
+    for name in measured:
+        for count in ("1", "3"):
+            rounds = figures["rounds"][name][count]
+            assert len(rounds) == 2 and min(rounds) <= figures["median"][name][count] <= max(rounds)
+    # No system is quicker than its own products.
+    ours = figures["median"]["coserve, over HTTP"]
+    assert all(ours[count] < figures["floor"][count] for count in ours)
+    # A peer that is not there is named with its reason, and does not end the run.
+    assert figures["absent"] == {"vLLM": "no vllm here", "vLLM, LoRA enabled": "no vllm here"}
+    assert "vLLM could not be measured: no vllm here" in output
+
+
+def test_training(run_benchmark) -> None:
+    output, figures = run_benchmark(
+        "training.py", "--length=16", "--labels=4", "--batch=4", "--steps=2", "--rounds=1", "--rank=4"
+    )
+    check_machine(output, figures)
+    rows = table(output)
+    assert set(rows) == set(figures["median"]) and len(rows) == 4
+    assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in figures["rounds"].values())
+    # Four layers (q and o, k and v, the three of the MLP), the head 512 x 64; a quarter of the rows bears a label.
+    layers, head = 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64), 512 * 64
+    assert figures["flops_per_token"] == {
+        "coserve, save": 4 * layers + head, "coserve, recompute": 6 * layers + head,
+        "PEFT": 4 * layers + 4 * head, "PEFT, gradient checkpointing": 6 * layers + 4 * head,
+    }  # fmt: skip
+
+
+def test_coserving(run_benchmark) -> None:
+    output, figures = run_benchmark(
+        "coserving.py", "--streams=2", "--prompt=8", "--new-tokens=12", "--length=16", "--labels=4", "--batch=2",
+        "--steps=2", "--seconds=1", "--rounds=1", "--ladder", 1, "--slo-itl-ms=2000",
+    )  # fmt: skip
+    check_machine(output, figures)
+    rows = table(output)
+    assert len(rows) == 6
+    phases = figures["phases"]
+    both = phases["streams and job"]
+    assert both["training_tokens_per_second"] and both["streams_tokens_per_second"][0] > 0
+    assert figures["retention"] == pytest.approx(
+        both["training_tokens_per_second"][0] / phases["job alone"]["training_tokens_per_second"][0]
+    )
+    # With a promise of two seconds everything is inside, so that there is a load, and a sum.
+    assert both["slo_attainment"] == 1.0 and figures["sum"] == pytest.approx(figures["retention"] + figures["load"])
+    assert figures["promise_s"] == pytest.approx(2.0)
+    assert 0 < phases["streams alone"]["itl_p50_s"] <= phases["streams alone"]["itl_p99_s"]
+
+
+def test_activations(run_benchmark) -> None:
+    output, figures = run_benchmark(
+        "activations.py", "--length=64", "--labels=16", "--window=16", "--head-rows=4", "--rank=4"
+    )
+    check_machine(output, figures)
+    found = figures["bytes_per_token"]
+    assert set(table(output)) == set(found)
+    assert all(0 < row["stored"] <= row["peak"] for row in found.values())
+    plain, recompute, save = (found[n] for n in ("plain autograd (PEFT)", "coserve, recompute", "coserve, save"))
+    # What "recompute" stores can be counted: a layer's input of 64, keys and values of 2 x 2 x 16, floats, 4 layers;
+    # and the final state of the quarter of rows that bears a label. The sweep's own ids are a few bytes more.
+    counted = 4 * (64 + 64) * 4 + 64 * 4 // 4
+    assert counted <= recompute["stored"] <= 1.1 * counted
+    assert recompute["stored"] < save["stored"] < plain["stored"]
+    assert recompute["peak"] < plain["peak"] / 4

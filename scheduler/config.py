@@ -16,7 +16,7 @@ class SchedulerConfig:
     itl_seconds: float = 0.25  # the inter-token promise: no planned iteration is longer while training could give way
     max_chunk: int = 512  # prefill tokens of one iteration, all requests together
     min_chunk: int = 16  # prefill tokens that run even over budget when a first token would otherwise be late
-    head_rows: int = 64  # label rows of one head unit
+    head_rows: int = 64  # label rows that go through the head in one batch
     min_window: int = 8  # the smallest training window cut to fit beside inference
     max_units: int = 256  # training units of one iteration
     floor_share: float = 0.02  # share of time the oldest sweep of a priority gets even when the budget has no room

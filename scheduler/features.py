@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from coserve.scheduler.progress import SweepProgress
 from coserve.scheduler.state import (
     BackwardUnit,
     ForwardUnit,
@@ -43,8 +44,8 @@ PREFILL = DECODE + 2  # any prefill, its attention products / 1e6
 RIDE = PREFILL + 2  # any training row, training rows / 128, their attention products / 1e6
 ADAPTERS = RIDE + 3  # distinct adapters in the forward / 8
 OVERHEAD = ADAPTERS + 1  # what an iteration costs outside of its parts
-HEAD = OVERHEAD + 1  # a head unit, then buckets of its rows
-BACKWARD = HEAD + len(HEAD_KNOTS)  # a backward unit, buckets of its rows, attention products / 1e6
+HEAD = OVERHEAD + 1  # a head unit; then, times its share of the batch's sub-steps: 1, buckets of the batch's rows
+BACKWARD = HEAD + 1 + len(HEAD_KNOTS)  # a backward unit, buckets of its rows, attention products / 1e6
 SLICE = BACKWARD + len(UNIT_KNOTS) + 1  # a forward unit; then, times its share of the depth: 1, buckets of its rows
 SIZE = SLICE + 1 + len(UNIT_KNOTS)
 
@@ -145,10 +146,14 @@ def overhead_vector() -> Vector:
     return v
 
 
-def head_vector(rows: int) -> Vector:
+def head_vector(rows: int, share: float) -> Vector:
+    """A head unit that takes a batch of `rows` label rows through the share `share` (0 … 1) of its sub-steps."""
     v = [0.0] * SIZE
+    v[HEAD + 1] = 1.0
+    buckets(v, HEAD + 2, HEAD_KNOTS, rows)
+    for i in range(HEAD + 1, BACKWARD):
+        v[i] *= share
     v[HEAD] = 1.0
-    buckets(v, HEAD + 1, HEAD_KNOTS, rows)
     return np.array(v)
 
 
@@ -172,12 +177,31 @@ def slice_vector(tokens: int, depth: float) -> Vector:
     return np.array(v)
 
 
-def unit_vector(unit: Unit, sweep: SweepState, backward_before: int) -> Vector:
+Shape = tuple[type[Unit], int, float]  # rows; then backward: rows before; else: the share of its layers or sub-steps
+
+
+def next_shape(unit: Unit, progress: SweepProgress) -> Shape:
+    """What the cost of `unit` depends on where its sweep stands now; `progress` moves on. A head unit that asks for more
+    rows or sub-steps than there are gets what is left."""
     if isinstance(unit, HeadUnit):
-        return head_vector(unit.rows)
+        rows = progress.head_partial_rows or min(unit.rows, progress.head_left)
+        steps = min(unit.steps, progress.head_steps_left)
+        progress.head(rows, steps)
+        return HeadUnit, rows, steps / progress.state.head_steps
     if isinstance(unit, BackwardUnit):
-        return backward_vector(unit.tokens, backward_before)
-    return slice_vector(unit.tokens, unit.layers / sweep.layers)
+        before = coarse(max(0, progress.rows_before_backward - unit.tokens))
+        progress.backward(unit.tokens)
+        return BackwardUnit, unit.tokens, before
+    return ForwardUnit, unit.tokens, unit.layers / progress.state.layers
+
+
+def shape_vector(shape: Shape) -> Vector:
+    kind, rows, rest = shape
+    if kind is HeadUnit:
+        return head_vector(rows, rest)
+    if kind is BackwardUnit:
+        return backward_vector(rows, int(rest))
+    return slice_vector(rows, rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,20 +246,12 @@ def plan_features(plan: Plan, state: SchedulerState) -> PlanFeatures:
     requests = {r.request_id: r for r in state.requests}
     sweeps = {s.sweep_id: s for s in state.sweeps}
     load = plan_load(plan, requests, sweeps)
-    done = {s.sweep_id: s.backward_tokens for s in state.sweeps}
+    progress = {number: SweepProgress(sweep) for number, sweep in sweeps.items()}
     units = []
-    vectors: dict[tuple[object, ...], Vector] = {}  # a plan may hold hundreds of units, of a few shapes
+    vectors: dict[Shape, Vector] = {}  # a plan may hold hundreds of units, of a few shapes
     for unit in plan.units:
-        sweep = sweeps[unit.sweep_id]
-        before = 0
-        if isinstance(unit, BackwardUnit):
-            at = done[unit.sweep_id] + unit.tokens
-            before = max(0, sweep.stream_tokens - at)
-            done[unit.sweep_id] = 0 if before == 0 else at
-            before = coarse(before)
-        rows = unit.rows if isinstance(unit, HeadUnit) else unit.tokens
-        key = (type(unit), rows, before, (unit.layers, sweep.layers) if isinstance(unit, ForwardUnit) else None)
-        if key not in vectors:
-            vectors[key] = unit_vector(unit, sweep, before)
-        units.append(vectors[key])
+        shape = next_shape(unit, progress[unit.sweep_id])
+        if shape not in vectors:
+            vectors[shape] = shape_vector(shape)
+        units.append(vectors[shape])
     return PlanFeatures(forward_vector(load) if load.rows else None, tuple(units), overhead_vector())

@@ -257,7 +257,8 @@ def _prior() -> Vector:
     theta[at.RIDE : at.RIDE + 3] = (0.01, 0.01, 0.05)
     theta[at.ADAPTERS] = 0.02
     theta[at.OVERHEAD] = 0.002
-    theta[at.HEAD : at.HEAD + len(head)] = (0.08, 0.04, 0.08, 0.2, 0.6)
+    theta[at.HEAD] = 0.001
+    theta[at.HEAD + 1 : at.HEAD + 1 + len(head)] = (0.08, 0.04, 0.08, 0.2, 0.6)
     unit = (0.008, 0.002, 0.003, 0.005, 0.009, 0.017, 0.033, 0.066, 0.13)
     theta[at.BACKWARD : at.BACKWARD + len(unit)] = unit
     theta[at.BACKWARD + len(unit)] = 0.01

@@ -1,7 +1,8 @@
 """A sweep's progress on paper: the planner moves it forward unit by unit to fill an iteration.
 
 It may assume nothing about time. It never allows a unit that the sweep's order forbids: forward before head, head
-before backward, layers from last to first, no unit across a layer.
+before backward, layers from last to first, no unit across a layer, no new batch of label rows before the last one is
+through the head.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ class SweepProgress:
         "backward_tokens",
         "forward_tokens",
         "head_left",
+        "head_partial_rows",
+        "head_partial_steps",
         "head_ready",
         "partial_layer",
         "partial_tokens",
@@ -32,6 +35,8 @@ class SweepProgress:
         self.partial_layer = state.partial_layer
         self.head_ready = state.head_rows_ready
         self.head_left = state.head_rows_left
+        self.head_partial_rows = state.head_partial_rows
+        self.head_partial_steps = state.head_partial_steps if state.head_partial_rows else 0
         self.backward_layer = state.backward_layer
         self.backward_tokens = state.backward_tokens
         self.ridden = False
@@ -56,10 +61,18 @@ class SweepProgress:
         return not (self.forward_done or self.partial_tokens or self.ridden or self.sliced)
 
     def next_head(self, size: int) -> int:
-        """Rows of the next head unit: `size`, or all that is left; 0 while there are fewer and more will come."""
+        """Rows of the head's next batch: `size`, or all that is left; 0 while there are fewer and more will come. An
+        unfinished batch comes first and cannot change its size."""
+        if self.head_partial_rows:
+            return self.head_partial_rows
         if self.head_ready >= size or (self.forward_done and self.head_left):
             return min(size, self.head_ready)
         return 0
+
+    @property
+    def head_steps_left(self) -> int:
+        """Sub-steps that the unfinished batch, or else a new one, still has to go."""
+        return self.state.head_steps - self.head_partial_steps
 
     def next_backward(self) -> int:
         """Rows of the next backward unit, at its largest; 0 before the head is through and after the last layer."""
@@ -85,10 +98,14 @@ class SweepProgress:
             self._forwarded(tokens)
         return ForwardUnit(self.state.sweep_id, tokens, layers)
 
-    def head(self, rows: int) -> HeadUnit:
-        self.head_ready -= rows
-        self.head_left -= rows
-        return HeadUnit(self.state.sweep_id, rows)
+    def head(self, rows: int, steps: int) -> HeadUnit:
+        self.head_partial_rows = rows
+        self.head_partial_steps += steps
+        if self.head_partial_steps >= self.state.head_steps:
+            self.head_partial_rows = self.head_partial_steps = 0
+            self.head_ready -= rows
+            self.head_left -= rows
+        return HeadUnit(self.state.sweep_id, rows, steps)
 
     def backward(self, tokens: int) -> BackwardUnit:
         self.backward_tokens += tokens

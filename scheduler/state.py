@@ -46,7 +46,12 @@ class SweepJob:
 
 @dataclass(frozen=True, slots=True)
 class SweepState:
-    """Where one training sweep stands. All counts are tokens (rows) of the packed stream."""
+    """Where one training sweep stands. All counts of tokens and rows are of the packed stream.
+
+    Label rows go through the head in *batches*, whose size is fixed when they begin. A batch takes `head_steps` equal
+    sub-steps and may stop after any of them; its rows are through the head when the last one is done, and until then
+    no other batch of the sweep begins.
+    """
 
     sweep_id: int
     jobs: tuple[SweepJob, ...]
@@ -106,11 +111,14 @@ class ForwardUnit:
 
 @dataclass(frozen=True, slots=True)
 class HeadUnit:
-    """The next batch of label rows, or the unfinished one, goes `steps` sub-steps further."""
+    """The next batch of label rows, or the unfinished one, goes `steps` sub-steps further.
+
+    `rows` is the batch's size: of the unfinished one, if there is one.
+    """
 
     sweep_id: int
     rows: int
-    steps: int = 1_000_000
+    steps: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,14 @@ It may assume that costs add up (the latency model's upper estimates do). It nev
 are planned before it is asked.
 
 *Alone* (no request shares the iteration) every cut is a function of its sweep: rides and backward units of
-min(window, rows left) tokens, head units of `head_rows` or what is left, at most one ride an iteration. Time decides
-only how many of them run. So training alone repeats bit for bit, whatever the machine's speed.
+min(window, rows left) tokens, whole batches of `head_rows` label rows or what is left, at most one ride an iteration.
+Time decides only how many of them run. So training alone repeats bit for bit, whatever the machine's speed. What
+inference left unfinished is finished first.
 
-*Beside inference* a unit may be cut to a power of two down to `min_window` to fit what is left. Forward work rides in
+*Beside inference* a window may be cut to a power of two down to `min_window` to fit what is left. Forward work rides in
 the packed forward, where it costs only the difference, or runs as a unit of some layers when that gives more rows ×
-layers a second or is all that fits.
+layers a second or is all that fits. A batch of label rows is never cut, because its rows share the cost of reading the
+vocabulary's weights: it goes as many sub-steps as fit and on from there in a later iteration.
 
 Sweeps go in order: normal priority, then low, the older first; a later one gets what an earlier one cannot use. A floor
 share of the time is owed to the oldest sweep of either priority; when the debt covers a unit, that unit runs even over
@@ -65,9 +67,12 @@ class Costs:
         much better than either)."""
         return self._cost(("base", load), lambda: base_vector(load))
 
-    def head(self, rows: int, whole: int) -> Cost:
-        cost = self._cost(("head", rows), lambda: head_vector(rows))
-        return cost if rows >= whole else _no_more_than(cost, self.head(whole, whole))
+    def head(self, rows: int, steps: int, of: int, whole: int) -> Cost:
+        """`steps` of the `of` sub-steps of a batch of `rows` label rows; `whole` rows are the largest batch."""
+        cost = self._cost(("head", rows, steps, of), lambda: head_vector(rows, steps / of))
+        if steps < of:
+            return _no_more_than(cost, self.head(rows, of, of, whole))
+        return cost if rows >= whole else _no_more_than(cost, self.head(whole, of, of, whole))
 
     def backward(self, tokens: int, before: int, whole: int) -> Cost:
         before = coarse(before)
@@ -160,11 +165,11 @@ class TrainingPolicy:
 
     def _next_whole(self, sweep: SweepProgress, plan: TrainingPlan, costs: Costs) -> float:
         """Mean seconds of the sweep's next unit at its full size. The floor pays for whole units only: one late
-        iteration for 64 label rows, not eight for eight rows each, which take four times as long together."""
+        iteration for a large one, not many for small ones, which take longer together."""
         layers = sweep.state.layers
         rows = sweep.next_head(self._config.head_rows)
         if sweep.forward_done and rows:
-            return costs.head(rows, self._config.head_rows)[0]
+            return self._head_cost(sweep, rows, sweep.head_steps_left, costs)[0]
         if sweep.forward_done:
             tokens = sweep.next_backward()
             return costs.backward(tokens, sweep.rows_before_backward - tokens, sweep.state.window)[0]
@@ -188,17 +193,18 @@ class TrainingPolicy:
         layers = sweep.state.layers
         left = float("inf") if plan.empty else budget - plan.upper
         rows = sweep.next_head(self._config.head_rows)
-        if sweep.partial_tokens:
+        if rows and (sweep.head_partial_rows or not sweep.partial_tokens):
+            steps = sweep.head_steps_left
+            cost = self._head_cost(sweep, rows, steps, costs)
+            if cost[1] > left:
+                return False
+            plan.add_unit(sweep.head(rows, steps), cost)
+        elif sweep.partial_tokens:
             tokens, depth = sweep.partial_tokens, layers - sweep.partial_layer
             cost = costs.slice(tokens, depth, layers)
             if cost[1] > left:
                 return False
             plan.add_unit(sweep.forward(tokens, depth), cost)
-        elif rows:
-            cost = costs.head(rows, self._config.head_rows)
-            if cost[1] > left:
-                return False
-            plan.add_unit(sweep.head(rows), cost)
         elif not sweep.forward_done:
             if plan.rides or not sweep.can_ride():
                 return False
@@ -253,12 +259,15 @@ class TrainingPolicy:
     def _add_head(
         self, sweep: SweepProgress, rows: int, plan: TrainingPlan, left: float, which: int, costs: Costs
     ) -> bool:
-        for size in self._sizes(rows):
-            cost = costs.head(size, self._config.head_rows)
-            if cost[which] <= left:
-                plan.add_unit(sweep.head(size), cost)
-                return True
-        return False
+        """As many sub-steps of a batch of `rows` rows as fit."""
+        steps = _most(sweep.head_steps_left, left, lambda n: self._head_cost(sweep, rows, n, costs)[which])
+        if steps:
+            cost = self._head_cost(sweep, rows, steps, costs)
+            plan.add_unit(sweep.head(rows, steps), cost)
+        return steps > 0
+
+    def _head_cost(self, sweep: SweepProgress, rows: int, steps: int, costs: Costs) -> Cost:
+        return costs.head(rows, steps, sweep.state.head_steps, self._config.head_rows)
 
     def _add_forward(self, sweep: SweepProgress, plan: TrainingPlan, left: float, which: int, costs: Costs) -> bool:
         """A ride or some layers of a window: whatever fits and moves the most rows × layers a second."""
@@ -279,7 +288,7 @@ class TrainingPolicy:
         best: tuple[float, ForwardUnit, Cost] | None = None
         todo = layers - (sweep.partial_layer if sweep.partial_tokens else 0)
         for tokens in (whole,) if sweep.partial_tokens else self._sizes(whole):
-            depth = _deepest(tokens, todo, layers, left, which, costs)
+            depth = _most(todo, left, lambda n, rows=tokens: costs.slice(rows, n, layers)[which])  # type: ignore[misc]
             if depth:
                 cost = costs.slice(tokens, depth, layers)
                 speed = tokens * depth / max(cost[which], 1e-9)
@@ -303,18 +312,24 @@ class TrainingPolicy:
         return sizes
 
 
-def _deepest(tokens: int, todo: int, layers: int, left: float, which: int, costs: Costs) -> int:
-    """How many of `todo` layers fit in `left` seconds; 0 if not even one does."""
-    one = costs.slice(tokens, 1, layers)[which]
+def _most(todo: int, left: float, seconds: Callable[[int], float]) -> int:
+    """How many of `todo` layers or sub-steps fit in `left` seconds; 0 if not even one does. `seconds(n)` of n of them
+    must not fall with n."""
+    one = seconds(1)
     if one > left:
         return 0
     if todo == 1:
         return 1
-    every = costs.slice(tokens, todo, layers)[which]
+    every = seconds(todo)
     if every <= left:
         return todo
-    # The upper estimate is convex in depth (linear mean plus a norm): the chord lies above it.
-    return max(1, min(todo - 1, 1 + int((left - one) / ((every - one) / (todo - 1)))))
+    # Nearly a straight line (an upper estimate is a linear mean plus a norm): a few steps from the chord, if any.
+    most = max(1, min(todo - 1, 1 + int((left - one) / ((every - one) / (todo - 1)))))
+    while most > 1 and seconds(most) > left:
+        most -= 1
+    while most < todo - 1 and seconds(most + 1) <= left:
+        most += 1
+    return most
 
 
 def _works_on(plan: TrainingPlan, sweep_id: int) -> bool:

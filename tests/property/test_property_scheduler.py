@@ -61,6 +61,7 @@ def draw_world(seed: int) -> tuple[World, list[Stream], list[tuple[float, Sweep]
             window=r.choice((1, 7, 64, 256)) if rows < 20 else r.choice((16, 64, 256)),
             backward=r.random() < 0.8,
             priority=r.choice(("normal", "low")),
+            head_steps=r.choice((1, 2, 5, 32)),
         )
         sweeps.append((r.choice((0.0, 0.1, 0.5)) * world.speed, sweep))
     return world, streams, sweeps
@@ -119,11 +120,17 @@ def run(seed: int, schedulers: list[Scheduler], floor: float) -> World:
     raise AssertionError(f"not finished: {world.streams} {world.sweeps}")
 
 
+def cut(total: int, size: int) -> list[int]:
+    return [size] * (total // size) + [total % size] * (total % size > 0)
+
+
 def check_schedule(seed: int) -> None:
     world, streams, sweeps = draw_world(seed)
     config = SchedulerConfig(itl_seconds=world.itl, drain_after=0.2)
     ended = run(seed, [Scheduler(config)], config.floor_share)
     assert len(ended.done) == len(streams) and len(ended.done_sweeps) == len(sweeps)
+    for sweep in ended.done_sweeps:
+        assert sweep.head_cuts == cut(sweep.labels, config.head_rows), "the budget cut a batch of label rows"
 
 
 @settings(max_examples=2000, **QUIET)
@@ -155,9 +162,6 @@ def test_without_a_floor_training_never_goes_over_the_budget(seed: int) -> None:
 
 
 def fixed_cuts(sweep: Sweep, head_rows: int) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    def cut(total: int, size: int) -> list[int]:
-        return [size] * (total // size) + [total % size] * (total % size > 0)
-
     layers = range(sweep.layers - 1, -1, -1) if sweep.backward else ()
     backward = [(layer, n) for layer in layers for n in cut(sweep.rows, sweep.window)]
     return cut(sweep.rows, sweep.window), cut(sweep.labels, head_rows), backward
@@ -173,6 +177,7 @@ def test_training_alone_is_cut_the_same_way_at_any_speed(seed: int) -> None:
     ]
     for i, sweep in enumerate(world.sweeps):
         sweep.labels = r.randint(0, sweep.rows)
+        sweep.head_steps = r.choice((1, 2, 32))
         sweep.priority = "low" if i == 1 else "normal"
     sweeps = list(world.sweeps)
     scheduler = Scheduler(SchedulerConfig(itl_seconds=0.2))
@@ -183,6 +188,7 @@ def test_training_alone_is_cut_the_same_way_at_any_speed(seed: int) -> None:
         scheduler.observe(plan, state, world.carry_out(plan))
     for sweep in sweeps:
         assert (sweep.forward_cuts, sweep.head_cuts, sweep.backward_cuts) == fixed_cuts(sweep, 64)
+        assert sweep.head_stops == 0
 
 
 @settings(max_examples=150, **QUIET)

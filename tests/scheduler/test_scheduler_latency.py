@@ -16,9 +16,11 @@ from coserve.scheduler.features import (
     forward_vector,
     head_vector,
     overhead_vector,
+    plan_features,
     slice_vector,
 )
 from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.state import HeadUnit, Plan, SchedulerState, SweepState
 
 
 class Device:
@@ -48,8 +50,9 @@ class Device:
             kind = r.integers(0, 3)
             if kind == 0:
                 rows = int(r.choice([8, 16, 64]))
-                units.append(head_vector(rows))
-                parts[i] = self.measured(0.15 + 0.0042 * rows)
+                share = float(r.choice([1 / 32, 0.25, 1.0]))
+                units.append(head_vector(rows, share))
+                parts[i] = self.measured(0.003 + share * (0.15 + 0.0042 * rows))
             elif kind == 1:
                 tokens = int(r.choice([8, 16, 64, 128, 256]))
                 units.append(backward_vector(tokens, 0))
@@ -133,11 +136,11 @@ def test_a_shape_that_is_not_seen_for_long_keeps_its_estimate_and_its_certainty(
     for _ in range(300):
         features, seconds, parts = device.draw()
         model.observe(features, seconds, parts)
-    mean, upper = model.part(head_vector(64))
+    mean, upper = model.part(head_vector(64, 1.0))
     for _ in range(2000):
         seconds = device.measured(0.19)
         model.observe(decode(4), seconds + 0.002, {"forward": seconds})
-    later_mean, later_upper = model.part(head_vector(64))
+    later_mean, later_upper = model.part(head_vector(64, 1.0))
     assert later_mean == pytest.approx(mean, rel=0.02)
     assert later_upper / later_mean < 1.3 * upper / mean
 
@@ -148,7 +151,7 @@ def test_costs_never_fall_with_rows_and_no_estimate_is_negative() -> None:
     for _ in range(400):
         features, seconds, parts = device.draw()
         model.observe(features, seconds, parts if device.random.random() < 0.5 else None)
-    for vector in (head_vector, lambda n: backward_vector(n, 0), lambda n: slice_vector(n, 0.3)):
+    for vector in (lambda n: head_vector(n, 0.5), lambda n: backward_vector(n, 0), lambda n: slice_vector(n, 0.3)):
         means = [model.part(vector(n))[0] for n in range(1, 600)]
         assert means[0] >= 0.0
         assert all(b >= a - 1e-12 for a, b in pairwise(means))
@@ -172,6 +175,46 @@ def test_a_lasting_bias_is_corrected_not_taken_for_noise() -> None:
         features = PlanFeatures(None, (backward_vector(tokens, 0),) * 20, overhead_vector())
         model.observe(features, 20 * 0.002 + 0.001, dict.fromkeys(range(20), 0.002))
     assert model.part(backward_vector(512, 0))[0] == pytest.approx(0.002, rel=0.1)
+
+
+def test_head_units_of_some_sub_steps_tell_the_cost_of_others() -> None:
+    model = LatencyModel(0.95, 0.98)
+
+    def cost(steps: int) -> float:
+        return 0.002 + steps / 32 * 0.18
+
+    for steps in (8, 16, 8, 1, 16, 8, 1):
+        features = PlanFeatures(None, (head_vector(64, steps / 32),), overhead_vector())
+        model.observe(features, cost(steps) + 0.001, {0: cost(steps)})
+    for steps in (2, 4, 32):
+        assert model.part(head_vector(64, steps / 32))[0] == pytest.approx(cost(steps), rel=0.1)
+
+
+def test_a_head_unit_is_costed_by_what_is_left_of_its_batch() -> None:
+    """Calibration asks for more rows or sub-steps than there are, over several units of one plan."""
+    sweep = SweepState(
+        sweep_id=0,
+        jobs=(),
+        layers=4,
+        stream_tokens=100,
+        window=64,
+        forward_tokens=100,
+        partial_tokens=0,
+        partial_layer=0,
+        head_rows_ready=75,
+        head_rows_left=75,
+        head_steps=32,
+        head_partial_rows=64,
+        head_partial_steps=8,
+        backward=True,
+        backward_layer=3,
+        backward_tokens=0,
+    )
+    state = SchedulerState(0.0, (), (sweep,), 0, 16, 1, 1)
+    plan = Plan(units=(HeadUnit(0, 64, 16), HeadUnit(0, 64, 32), HeadUnit(0, 64, 4), HeadUnit(0, 64, 32)))
+    expected = [(64, 0.5), (64, 0.25), (11, 0.125), (11, 0.875)]
+    for x, (rows, share) in zip(plan_features(plan, state).units, expected, strict=True):
+        assert x.tolist() == head_vector(rows, share).tolist()
 
 
 @pytest.mark.parametrize("seconds", [-0.1, float("nan"), float("inf")])

@@ -23,6 +23,7 @@ def sweep(number: int = 0, **changes: object) -> SweepState:
         partial_layer=0,
         head_rows_ready=0,
         head_rows_left=150,
+        head_steps=32,
         backward=True,
         backward_layer=3,
         backward_tokens=0,
@@ -61,15 +62,22 @@ def test_alone_one_sweep_runs_as_fixed_units_in_its_order() -> None:
         return plan.rides, plan.units
 
     assert units() == ((Ride(0, 64),), ()), "one ride an iteration, and no head before 64 rows are ready"
-    assert units(forward_tokens=128, head_rows_ready=78) == ((Ride(0, 64),), (HeadUnit(0, 64),))
+    assert units(forward_tokens=128, head_rows_ready=78) == ((Ride(0, 64),), (HeadUnit(0, 64, 32),))
     rides, rest = units(forward_tokens=192, head_rows_ready=10, head_rows_left=74)
     assert rides == (Ride(0, 8),)
-    assert rest[:2] == (HeadUnit(0, 64), HeadUnit(0, 10))
+    assert rest[:2] == (HeadUnit(0, 64, 32), HeadUnit(0, 10, 32))
     assert rest[2:6] == (BackwardUnit(0, 64),) * 3 + (BackwardUnit(0, 8),)
     assert len(rest) == 2 + 4 * 4
     assert units(partial_tokens=20, partial_layer=1) == ((), (ForwardUnit(0, 20, 3),)), (
         "an unfinished window ends first"
     )
+    unfinished = {"head_rows_ready": 100, "head_partial_rows": 64, "head_partial_steps": 27}
+    assert units(forward_tokens=128, partial_tokens=20, partial_layer=1, **unfinished) == (
+        (),
+        (HeadUnit(0, 64, 5), ForwardUnit(0, 20, 3)),
+    ), "and so does an unfinished batch of label rows"
+    rest = units(forward_tokens=200, head_rows_left=100, **unfinished)[1]
+    assert rest[:3] == (HeadUnit(0, 64, 5), HeadUnit(0, 36, 32), BackwardUnit(0, 64))
     done = {"forward_tokens": 200, "head_rows_left": 0}
     assert units(**done, backward=False, backward_layer=-1) == ((), ()), "an evaluation ends with its head"
     assert units(**done, backward_layer=0, backward_tokens=190)[1] == (BackwardUnit(0, 10),)
@@ -123,15 +131,48 @@ def test_a_budget_too_small_for_the_whole_depth_takes_some_layers_of_a_window() 
     assert plan.upper_seconds <= plan.budget_seconds
 
 
+def test_a_budget_too_small_for_a_batch_of_label_rows_takes_some_sub_steps_of_it() -> None:
+    """65 ms beside the decode's 40: no iteration has room for a whole batch (72 ms) or for a small one in one go."""
+    config = SchedulerConfig(itl_seconds=0.065, floor_share=0.0)
+    scheduler = warmed(World(noise=0.0), config)
+    world = World(noise=0.0, itl=0.065, blocks=400)
+    world.streams = [Stream("s0", world.now, 20, 400)]
+    while not world.streams[0].generated:
+        step(scheduler, world)
+    world.sweeps = [Sweep(0, 150, 150, head_steps=32, layers=4, forwarded=150)]
+    (running,) = world.sweeps
+    for _ in range(40):
+        if running.headed == running.labels:
+            break
+        batch = running.batch or min(64, running.labels - running.headed)
+        plan, seconds = step(scheduler, world)
+        assert plan.decodes and seconds <= 0.065
+        assert isinstance(plan.units[0], HeadUnit) and plan.units[0].rows == batch
+    assert running.head_cuts == [64, 64, 22], "a batch is never cut"
+    assert 6 <= running.head_stops <= 30, "every iteration took as many sub-steps as fit"
+
+
+def test_the_floor_takes_an_unfinished_batch_to_its_end() -> None:
+    world = World(noise=0.0, itl=0.02, blocks=400)  # decode alone takes longer than the promise
+    scheduler = warmed(World(noise=0.0), SchedulerConfig(itl_seconds=0.02, floor_share=0.1))
+    world.streams = [Stream("s0", 0.0, 20, 400)]
+    world.sweeps = [Sweep(0, 150, 150, head_steps=32, forwarded=150, batch=64, batch_steps=12)]
+    (running,) = world.sweeps
+    units: list[Unit] = []
+    while not running.headed:
+        units += step(scheduler, world)[0].units
+    assert units == [HeadUnit(0, 64, 20)]
+
+
 def test_what_an_older_sweep_cannot_use_a_newer_one_gets() -> None:
-    """The older one is at its head, whose smallest unit does not fit; the newer one has small backward units."""
+    """The older one is at its head, of which not one sub-step fits; the newer one has small backward units."""
     world = World(noise=0.0, itl=0.25, blocks=400)
     scheduler = warmed(world, SchedulerConfig(itl_seconds=0.25, floor_share=0.0))
     world.streams = [Stream("s0", world.now, 20, 100)]
     step(scheduler, world)
     state = world.state()
     decode = scheduler.plan(state)
-    head = sweep(0, forward_tokens=200, head_rows_ready=150)
+    head = sweep(0, forward_tokens=200, head_rows_ready=150, head_steps=2)
     backward = sweep(1, forward_tokens=200, head_rows_left=0)
     tight = replace(state.requests[0], itl_deadline=state.now + decode.upper_seconds + 0.015)
     plan = scheduler.plan(replace(state, requests=(tight,), sweeps=(head, backward)))
@@ -198,9 +239,9 @@ def test_a_plan_for_calibration_that_the_scheduler_did_not_make_is_learned_too()
     scheduler = Scheduler(SchedulerConfig())
     world = World()
     state = replace(world.state(), sweeps=(sweep(forward_tokens=200, head_rows_ready=150),))
-    plan = Plan(units=(HeadUnit(0, 64), BackwardUnit(0, 16)))
+    plan = Plan(units=(HeadUnit(0, 64, 8), BackwardUnit(0, 16)))
     for _ in range(5):
         scheduler.observe(plan, state, 0.3, {0: 0.25, 1: 0.04})
     assert scheduler.model.observations == 5
     with pytest.raises(KeyError):
-        scheduler.observe(Plan(units=(HeadUnit(9, 64),)), state, 0.3)
+        scheduler.observe(Plan(units=(HeadUnit(9, 64, 8),)), state, 0.3)

@@ -54,7 +54,7 @@ class Stream:
 
 @dataclass
 class Sweep:
-    """Label rows are the last `labels` rows of the stream."""
+    """Label rows are the last `labels` rows of the stream; a batch of them takes `head_steps` sub-steps."""
 
     number: int
     rows: int
@@ -66,11 +66,15 @@ class Sweep:
     forwarded: int = 0
     partial: int = 0
     partial_layer: int = 0
+    head_steps: int = 2
     headed: int = 0
+    batch: int = 0
+    batch_steps: int = 0
     layer: int = field(default=-2)
     layer_rows: int = 0
     forward_cuts: list[int] = field(default_factory=list)
     head_cuts: list[int] = field(default_factory=list)
+    head_stops: int = 0
     backward_cuts: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -96,6 +100,9 @@ class Sweep:
             partial_layer=self.partial_layer,
             head_rows_ready=self.ready,
             head_rows_left=self.labels - self.headed,
+            head_steps=self.head_steps,
+            head_partial_rows=self.batch,
+            head_partial_steps=self.batch_steps,
             backward=self.backward,
             backward_layer=self.layer,
             backward_tokens=self.layer_rows,
@@ -121,9 +128,18 @@ class Sweep:
                 self.forward_cuts.append(unit.tokens)
                 self.partial = self.partial_layer = 0
         elif isinstance(unit, HeadUnit):
+            if self.batch:
+                assert unit.rows == self.batch, "an unfinished batch of label rows changed its size"
             assert 0 < unit.rows <= self.ready, "label rows that are not there"
-            self.headed += unit.rows
-            self.head_cuts.append(unit.rows)
+            assert 0 < unit.steps <= self.head_steps - self.batch_steps, "a head unit ran over its batch's end"
+            self.batch = unit.rows
+            self.batch_steps += unit.steps
+            if self.batch_steps == self.head_steps:
+                self.headed += unit.rows
+                self.head_cuts.append(unit.rows)
+                self.batch = self.batch_steps = 0
+            else:
+                self.head_stops += 1
         else:
             assert self.forwarded == self.rows and self.headed == self.labels, "backward before forward and head"
             assert self.layer >= 0
@@ -220,7 +236,8 @@ class World:
 
     def unit_seconds(self, unit: ForwardUnit | HeadUnit | BackwardUnit) -> float:
         if isinstance(unit, HeadUnit):
-            return self.speed * (0.02 + 0.0008 * unit.rows)
+            (steps,) = (s.head_steps for s in self.sweeps if s.number == unit.sweep_id)
+            return self.speed * (0.001 + unit.steps / steps * (0.02 + 0.0008 * unit.rows))
         if isinstance(unit, BackwardUnit):
             return self.speed * (0.003 + 0.0003 * unit.tokens)
         return self.speed * (0.001 + 0.25 * unit.layers * (0.03 + 0.0009 * unit.tokens))

@@ -107,9 +107,12 @@ async def _run(plan: Plan, console: Console) -> int:
         folder = await _model_folder(plan, console)
         console.print(f"Starting the server (model {folder}, data directory {plan.data_dir}) …", soft_wrap=True)
         server = ServerProcess(folder, plan.data_dir, options=server_options(plan))
-        async with server as running:
-            console.print(f"Ready at {running.url} after {time.monotonic() - started:.0f} s.")
-            outcome = await _story(plan, running, console)
+        try:
+            async with server as running:
+                console.print(f"Ready at {running.url} after {time.monotonic() - started:.0f} s.")
+                outcome = await _story(plan, running, console)
+        except CallFailed as error:
+            raise CallFailed("\n  ".join([f"{error}. The server's last words:", *server.last_lines])) from error
     claims = judge(outcome.measured, must_learn=plan.model is None)
     print_claims(console, claims)
     if server.exit_code != 0:

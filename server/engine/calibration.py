@@ -22,10 +22,10 @@ from coserve.scheduler.state import (
     RequestState,
     Ride,
     SchedulerState,
-    SweepState,
 )
 from coserve.server.engine.head import head_steps
 from coserve.server.engine.model import BaseModel
+from coserve.server.engine.packing import sweep_state
 from coserve.server.engine.requests import Request, RequestBook
 from coserve.server.engine.runner import Runner
 from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
@@ -143,7 +143,7 @@ class Calibration:
         state = SchedulerState(
             now=0.0,
             requests=tuple(self._state(r) for r in self._requests),
-            sweeps=tuple(_sweep_state(i, s, head_steps(self._model, True)) for i, s in sweeps.items()),
+            sweeps=tuple(sweep_state(i, s, self._model, s.rows) for i, s in sweeps.items()),
             free_blocks=self._requests.blocks.free_blocks, block_size=self._requests.blocks.block_size,
             max_running=64, max_adapters=64,
         )  # fmt: skip
@@ -158,14 +158,3 @@ class Calibration:
 
     def _state(self, request: Request) -> RequestState:
         return self._requests.state(request, 1.0, True)
-
-
-def _sweep_state(sweep_id: int, sweep: Sweep, steps: int) -> SweepState:
-    return SweepState(
-        sweep_id=sweep_id, jobs=(), layers=sweep.layers, stream_tokens=sweep.rows, window=sweep.rows,
-        forward_tokens=sweep.forward_rows, partial_tokens=sweep.partial_rows, partial_layer=sweep.partial_layer,
-        head_rows_ready=sweep.head_ready, head_rows_left=sweep.head_left, head_steps=steps,
-        head_partial_rows=sweep.head_batch.rows if sweep.head_batch else 0,
-        head_partial_steps=sweep.head_batch.steps if sweep.head_batch else 0, backward=True,
-        backward_layer=sweep.layer, backward_tokens=sweep.rows - sweep.undone,
-    )  # fmt: skip

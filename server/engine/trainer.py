@@ -18,9 +18,9 @@ from torch import Tensor
 
 from coserve.scheduler.state import SweepJob, SweepState
 from coserve.server.engine.adapter_pool import AdapterPool, PoolFull
-from coserve.server.engine.head import head_steps
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.options import EngineOptions
+from coserve.server.engine.packing import split_batch, stored_row_bytes, sweep_state
 from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
 from coserve.server.training.batches import Batch
 from coserve.server.training.job import JobError, JobOver, TrainingJob
@@ -72,10 +72,9 @@ class Trainer:
         self._side = ThreadPoolExecutor(1, thread_name_prefix="coserve-training")
         self.sweeps: dict[int, Sweep] = {}
         self._next_sweep = 0
-        row = _row_bytes(model)
-        self._rows_save = max(1, options.activation_bytes() // row[1])
-        self._rows_recompute = max(1, options.activation_bytes() // row[0])
-        self.loss: dict[str, float] = {}
+        recompute, save = stored_row_bytes(model)
+        self._rows_save = max(1, options.activation_bytes() // save)
+        self._rows_recompute = max(1, options.activation_bytes() // recompute)
 
     # ------------------------------------------------------------------ commands
 
@@ -174,7 +173,7 @@ class Trainer:
         )  # fmt: skip
         sequences = [TrainSequence(step, row.input_ids, row.labels, row.sequence) for row in batch.rows]
         running.batch, running.step = batch, step
-        running.waiting = _split(sequences, self._rows_recompute)
+        running.waiting = split_batch(sequences, self._rows_recompute)
 
     def _new_sweeps(self) -> None:
         """One new sweep of everything that is due, unless a sweep is still on its way forward."""
@@ -296,44 +295,6 @@ class Trainer:
         self._events.put(JobEvent(job_id, seq, record))
 
     def _state(self, sweep_id: int, sweep: Sweep) -> SweepState:
-        jobs = []
-        for step in sweep.steps:
-            running = self._jobs.get(step.job_id)
-            if running is not None and running.job is not None:
-                job = running.job
-                jobs.append(SweepJob(job.job_id, job.tenant, job.weight, job.priority))
-        return SweepState(
-            sweep_id=sweep_id, jobs=tuple(jobs), layers=sweep.layers, stream_tokens=sweep.rows,
-            window=self._options.window(), forward_tokens=sweep.forward_rows, partial_tokens=sweep.partial_rows,
-            partial_layer=sweep.partial_layer, head_rows_ready=sweep.head_ready, head_rows_left=sweep.head_left,
-            head_steps=head_steps(self._model, sweep.backward),
-            head_partial_rows=sweep.head_batch.rows if sweep.head_batch else 0,
-            head_partial_steps=sweep.head_batch.steps if sweep.head_batch else 0,
-            backward=sweep.backward, backward_layer=sweep.layer, backward_tokens=sweep.rows - sweep.undone,
-        )  # fmt: skip
-
-
-def _split(sequences: list[TrainSequence], most_rows: int) -> list[list[TrainSequence]]:
-    """A batch in as few sweeps as its activations allow; a function of the sequences alone."""
-    parts: list[list[TrainSequence]] = []
-    rows = 0
-    for sequence in sequences:
-        if not parts or rows + len(sequence.input_ids) > most_rows:
-            parts.append([])
-            rows = 0
-        parts[-1].append(sequence)
-        rows += len(sequence.input_ids)
-    return parts
-
-
-def _row_bytes(model: BaseModel) -> tuple[int, int]:
-    """Bytes stored a training row under "recompute" and under "save": layer inputs, keys and values; for "save" also
-    every frozen product, attention's output and log-sum-exp."""
-    config = model.config
-    heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(config, "head_dim", None) or model.hidden_size // heads)
-    recompute = model.layer_count * (model.hidden_size + 2 * kv_heads * head_dim)
-    products = sum(site.out_features for site in model.sites)
-    save = recompute + products + model.layer_count * heads * (head_dim + 1)
-    return recompute * model.dtype.itemsize, save * model.dtype.itemsize
+        jobs = [self._jobs[step.job_id].job for step in sweep.steps if step.job_id in self._jobs]
+        known = tuple(SweepJob(job.job_id, job.tenant, job.weight, job.priority) for job in jobs if job is not None)
+        return sweep_state(sweep_id, sweep, self._model, self._options.window(), known)

@@ -181,8 +181,8 @@ Shape = tuple[type[Unit], int, float]  # rows; then backward: rows before; else:
 
 
 def next_shape(unit: Unit, progress: SweepProgress) -> Shape:
-    """What the cost of `unit` depends on where its sweep stands now; `progress` moves on. A head unit that asks for more
-    rows or sub-steps than there are gets what is left."""
+    """What the cost of `unit` depends on, where its sweep stands now; `progress` moves on. A head unit that asks for
+    more rows or sub-steps than there are gets what is left."""
     if isinstance(unit, HeadUnit):
         rows = progress.head_partial_rows or min(unit.rows, progress.head_left)
         steps = min(unit.steps, progress.head_steps_left)

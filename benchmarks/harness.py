@@ -8,12 +8,14 @@ module imports neither torch nor the server.
 from __future__ import annotations
 
 import argparse
+import atexit
 import datetime
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import shutil
 import signal
 import statistics
 import struct
@@ -36,10 +38,26 @@ def cores() -> int:
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """With the options that every script has."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--model", type=Path, required=True, help="folder of the model (safetensors)")
+    made.add_argument(
+        "--model", type=_model, required=True, metavar="FOLDER", help="of safetensors; `tiny`: a random toy model"
+    )
     made.add_argument("--threads", type=int, default=cores(), help="CPU threads of every system [all cores]")
     made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return made
+
+
+def _model(value: str) -> Path:
+    """The folder; `tiny` makes the toy model of the tests, which is gone when the script ends."""
+    if value != "tiny":
+        return Path(value)
+    folder = Path(tempfile.mkdtemp(prefix="coserve-bench-")) / "tiny"
+    atexit.register(shutil.rmtree, folder.parent)
+    make = "import sys, pathlib, tiny_models; tiny_models.save_tiny_model(pathlib.Path(sys.argv[1]), 'gemma3_text')"
+    support = {"PYTHONPATH": str(PEERS.parents[1] / "tests" / "support")}
+    subprocess.run(
+        [sys.executable, "-c", make, str(folder)], env={**os.environ, **support}, check=True, stderr=subprocess.DEVNULL
+    )
+    return folder
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -31,7 +31,7 @@ def main() -> None:
     options.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16])
     options.add_argument("--prompt", type=int, default=64, help="prompt tokens, on average")
     options.add_argument("--new-tokens", type=int, default=64)
-    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--rounds", type=int, default=3)
     arguments = options.parse_args()
     facts = machine(arguments.threads)
     rng = random.Random(0)

@@ -46,16 +46,15 @@ def main() -> None:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
-    shape = (arguments.batch, arguments.length)
 
-    def step(micro: int) -> None:
-        ids = torch.randint(3, base.config.vocab_size, shape)
+    def step(micro: int, batch: int = arguments.batch) -> None:
+        ids = torch.randint(3, base.config.vocab_size, (batch, arguments.length))
         labels = ids.clone()
         labels[:, : arguments.length - arguments.labels] = -100
-        for first in range(0, arguments.batch, micro):
+        for first in range(0, batch, micro):
             rows = slice(first, first + micro)
             loss = model(input_ids=ids[rows], labels=labels[rows], use_cache=False).loss
-            (loss * ids[rows].shape[0] / arguments.batch).backward()
+            (loss * ids[rows].shape[0] / batch).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -67,7 +66,7 @@ def main() -> None:
         return time.perf_counter() - began
 
     candidates = sorted({min(m, arguments.batch) for m in arguments.micro_batches})
-    step(candidates[0])
+    step(1, batch=1)
     best = min(candidates, key=lambda micro: timed(micro, 1)) if len(candidates) > 1 else candidates[0]
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:

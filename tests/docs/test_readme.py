@@ -27,6 +27,22 @@ PRINTS = {
     ("README.md", "Chat", 1): r".*\n",
     ("README.md", "Chat", 2): r'.*"object":\s*"text_completion".*"completion_tokens":\s*[1-8]\b.*',
     ("README.md", "Finetune", 1): rf"succeeded {FINETUNED}\n.*\n",
+    ("docs/getting-started.md", "2. Ask", 1): r"tiny\t.*\n.*",
+    ("docs/getting-started.md", "3. Write a data set", 1): "",
+    ("docs/getting-started.md", "4. Train and watch", 1): rf".*succeeded: {FINETUNED} \(\d+ tokens trained\)\n",
+    (
+        "docs/getting-started.md",
+        "4. Train and watch",
+        2,
+    ): rf".*The job has successfully completed.*{FINETUNED}:ckpt-step-8.*",
+    ("docs/getting-started.md", "5. Ask the adapter", 1): rf"tiny '.*'\n{FINETUNED} '.*'\n",
+    (
+        "docs/getting-started.md",
+        "6. See that they shared iterations",
+        1,
+    ): r".*'train_forward': [1-9].*'train_backward': [1-9].*",
+    ("docs/getting-started.md", "7. Take the adapter along", 1): "shout-adapter\n",
+    ("docs/getting-started.md", "7. Take the adapter along", 2): r"'.*'\n",
     ("README.md", "Finetune", 2): rf"created ftjob-\w+\n.*succeeded: {FINETUNED} .*\tsucceeded\t4/4\t.*",
 }
 

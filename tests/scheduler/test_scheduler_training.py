@@ -74,7 +74,7 @@ def test_alone_one_sweep_runs_as_fixed_units_in_its_order() -> None:
     unfinished = {"head_rows_ready": 100, "head_partial_rows": 30, "head_partial_steps": 27}
     assert units(forward_tokens=128, partial_tokens=20, partial_layer=1, **unfinished) == (
         (),
-        (HeadUnit(0, 30, 5), ForwardUnit(0, 20, 3)),
+        (HeadUnit(0, 30, 5), ForwardUnit(0, 20, 3), HeadUnit(0, 64, 32)),
     ), "and so does an unfinished batch of label rows"
     rest = units(forward_tokens=200, head_rows_left=100, **unfinished)[1]
     assert rest[:4] == (HeadUnit(0, 30, 5), HeadUnit(0, 64, 32), HeadUnit(0, 6, 32), BackwardUnit(0, 64))

@@ -16,7 +16,6 @@ class Shared:
     iterations: int
     decode_and_forward: int  # decode tokens and training tokens in one packed forward
     decode_and_backward: int  # decode tokens, and backward units after the same forward
-    several_adapters: int  # tokens of more than one adapter, the base not counted
     in_promise: int  # of those with a stream: inside the inter-token promise
     with_streams: int
     engine_pids: frozenset[int]
@@ -46,7 +45,6 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> Shared:
         iterations=len(kept),
         decode_and_forward=sum(record["tokens"]["train_forward"] > 0 for record in decoding),
         decode_and_backward=sum(record["tokens"]["train_backward"] > 0 for record in decoding),
-        several_adapters=sum(len(record["adapters"]) > 1 for record in kept),
         in_promise=sum(record["measured_s"] <= record["slo_budget_s"] for record in decoding),
         with_streams=len(decoding),
         engine_pids=frozenset(record["engine_pid"] for record in kept),

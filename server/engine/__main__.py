@@ -30,6 +30,7 @@ def main() -> int:
 
     try:
         options = EngineOptions.read(arguments.settings)
+        logging.getLogger().setLevel(options.log_level.upper())
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         print(f"the settings file {arguments.settings} cannot be used: {error}", file=sys.stderr)
         return 2

@@ -98,7 +98,7 @@ class Intake:
 
     def _generate(self, message: Generate) -> None:
         if self._drain_until is not None:
-            self._socket.send(Failed(message.request_id, "server_draining", "the server is shutting down"))
+            self._socket.send(Failed(message.request_id, "draining", "the server is shutting down"))
         elif not message.prompt_ids or len(message.prompt_ids) + message.sampling.max_tokens > self._max_model_len:
             self._socket.send(
                 Failed(

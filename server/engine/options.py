@@ -32,7 +32,7 @@ class EngineOptions:
     slo_itl_ms: float | None = None
     train_window: int | None = None
     activations: str = "auto"
-    max_jobs_running: int = 8
+    log_level: str = "info"
 
     @staticmethod
     def read(path: Path) -> EngineOptions:
@@ -55,10 +55,14 @@ class EngineOptions:
         return names[self.dtype]
 
     def kv_bytes(self) -> int:
-        return self.kv_memory or (1024 * _MIB if self.torch_device().type == "cpu" else 8192 * _MIB)
+        if self.kv_memory is not None:
+            return self.kv_memory
+        return (1024 if self.torch_device().type == "cpu" else 8192) * _MIB
 
     def adapter_bytes(self) -> int:
-        return self.adapter_memory or (256 * _MIB if self.torch_device().type == "cpu" else 2048 * _MIB)
+        if self.adapter_memory is not None:
+            return self.adapter_memory
+        return (256 if self.torch_device().type == "cpu" else 2048) * _MIB
 
     def running(self) -> int:
         return self.max_running or (64 if self.torch_device().type == "cpu" else 256)

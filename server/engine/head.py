@@ -47,7 +47,8 @@ class HeadBatch:
         self.start = sweep.head_rows
         self.end = min(self.start + rows, self.start + sweep.head_ready)
         self.steps = 0
-        self._hidden = sweep.final[self.start : self.end].detach().requires_grad_(sweep.backward)
+        # A copy: forward windows go on writing their rows of `final` while this batch is part-way.
+        self._hidden = sweep.final[self.start : self.end].clone().requires_grad_(sweep.backward)
         self._targets = torch.from_numpy(sweep.label_targets[self.start : self.end]).to(sweep.device)
         self._logits: list[Tensor | None] = []  # per slice [R, slice], kept for the backward
         self._lse: Tensor | None = None  # [R] over the slices so far

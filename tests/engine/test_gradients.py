@@ -124,3 +124,29 @@ def test_a_head_batch_is_the_same_to_the_bit_however_its_slices_are_cut(monkeypa
         assert torch.equal(other[2], results[0][2])
     check("gemma3_text", torch.float64, 1e-9, windows=[13], save=True)
     check("granite", torch.float64, 1e-9, windows=[13], save=False)
+
+
+def test_head_batches_and_forward_windows_take_turns(monkeypatch):
+    from coserve.server.engine import model as engine_model_module
+    from coserve.server.engine.backward import run_backward_unit
+    from coserve.server.engine.forward import run_sweep_layers
+    from coserve.server.engine.head import run_head_unit
+
+    monkeypatch.setattr(engine_model_module, "_SLICE_ROWS", 128)
+    with float64_throughout():
+        model = engine_model("llama", torch.float64)
+        oracle = PeftOracle("llama", torch.float64, rank=4, seed=1)
+        rows = random_rows([40, 31, 25], 512, seed=3)
+        step = new_step("a", oracle, rows)
+        sweep = new_sweep(model, {"a": (step, rows)}, save=True)
+        while not sweep.done:
+            if sweep.head_batch or sweep.head_ready >= 8:  # a batch stays part-way while windows go forward
+                run_head_unit(model, sweep, 8, 1)
+            if not sweep.forward_done:
+                run_sweep_layers(model, sweep, min(9, sweep.rows - sweep.forward_rows), 2)
+            elif sweep.head_left:
+                run_head_unit(model, sweep, 8, 1)
+            else:
+                run_backward_unit(model, sweep, 16)
+        _, reference = oracle.gradients(rows)
+    assert worst_error(step, reference) <= 1e-9

@@ -34,6 +34,11 @@ _FAILURES: dict[str, tuple[int, str | None]] = {
     "invalid_value": (400, None),
     "model_not_found": (404, None),
     "engine_restarted": (503, "The engine restarted while this request was running; send it again."),
+    "engine_crashed": (
+        500,
+        "The engine was lost three times while it had this request, which is not sent to it again; if it fails alone "
+        "too, quote the x-request-id to the server's operator.",
+    ),
     "engine_unavailable": (503, "The engine is not available; try again in a moment."),
     "draining": (503, "The server shut down before this request could finish; send it again."),
     "adapter_unavailable": (503, "The model's adapter could not be loaded; try again in a moment."),
@@ -107,11 +112,13 @@ def too_long(error: TooLong, context: int, param: str) -> ApiError:
 
 def failure(failed: SequenceFailed) -> ApiError:
     """The error of a sequence that ended without a result."""
-    status, text = _FAILURES.get(failed.code, (500, None))
-    if status == 500:
+    if failed.code not in _FAILURES:
         log.error("the engine failed a sequence: %s: %s", failed.code, failed.message)
         return internal_error()
+    status, text = _FAILURES[failed.code]
     headers = {"retry-after-ms": "1000"} if status == 503 else None
+    if failed.code == "engine_crashed":
+        headers = {"x-should-retry": "false"}  # OpenAI's client would send it to the next engines by itself
     return ApiError(status, text or failed.message, code=failed.code, headers=headers)
 
 

@@ -100,11 +100,16 @@ async def _serve(settings, socket_path: str, heartbeat: Heartbeat) -> None:  # t
         server = Server(config)
         serving = asyncio.create_task(server.serve(sockets=[_listener(settings.host, settings.port)]))
         stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if not serving.done():
-            await drain(services, max(settings.grace_seconds - _LAST_SECONDS, 0.0))
+        refused = asyncio.create_task(services.engine.until_refused())
+        leave.callback(refused.cancel)
+        await asyncio.wait((serving, stopping, refused), return_when=asyncio.FIRST_COMPLETED)
+        if refused.done() or not serving.done():
+            # nothing runs on an engine that was refused: there is nothing to wait for
+            await drain(services, 0.0 if refused.done() else max(settings.grace_seconds - _LAST_SECONDS, 0.0))
             server.should_exit = True
         await serving
+        if refused.done():
+            await refused
 
 
 def _listener(host: str, port: int) -> socket.socket:

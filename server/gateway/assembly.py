@@ -43,6 +43,7 @@ async def assemble(settings: Settings, socket_path: str, leave: AsyncExitStack) 
         socket_path,
         silence_seconds=settings.engine_silence_seconds,
         patience_seconds=settings.engine_patience_seconds,
+        accept=lambda engine: data.bind_base(engine.base_digest),
     )
     metrics.watch(engine)
     admission = Admission(engine, max_waiting=settings.max_waiting, max_waiting_tenant=settings.max_waiting_tenant)

@@ -2,7 +2,7 @@
 
 Tokens are fanned out to one queue a sequence, calls are matched with their answers, everything else goes to
 subscribers. The engine may vanish at any moment: sequences that had not started are sent again to the next
-engine, started ones end with `engine_restarted`. Belongs to one event loop; never blocks it.
+engine, twice at most, started ones end with `engine_restarted`. Belongs to one event loop; never blocks it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from coserve.server.wire.stream import MessageStream
 log = logging.getLogger("coserve.engine_client")
 
 M = TypeVar("M")
+_RESUBMISSIONS = 2  # of one sequence: it may be what ends the engines
 _BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -53,7 +54,12 @@ class EngineClient:
         silence_seconds: float = 20.0,
         patience_seconds: float = 10.0,
         give_up_seconds: float = 300.0,
+        accept: Callable[[EngineReady], None] | None = None,
     ) -> None:
+        """`accept` is called in a thread, before any work is sent, for each engine whose base model is another than
+        the last one's; what it raises ends the client.
+        """
+        self._accept = accept
         self._socket_path = socket_path
         self._silence_seconds = silence_seconds
         self._patience_seconds = patience_seconds
@@ -76,6 +82,11 @@ class EngineClient:
     async def start(self) -> None:
         """Begins connecting in the background; returns at once."""
         self._task = asyncio.create_task(self._run(), name="engine-client")
+
+    async def until_refused(self) -> None:
+        """Waits for ever, unless an engine comes that must not be used: then raises what `accept` has raised."""
+        if self._task is not None:
+            await asyncio.shield(self._task)
 
     async def close(self) -> None:
         """Ends the connection; sequences that still run fail with `engine_unavailable`."""
@@ -206,7 +217,10 @@ class EngineClient:
             self._stream = stream
             try:
                 while True:
-                    self._handle(await stream.receive())
+                    message = await stream.receive()
+                    if isinstance(message, EngineReady):
+                        await self._check(message)
+                    self._handle(message)
             except (ConnectionError, OSError) as error:
                 log.warning("the connection to the engine ended: %s", error)
             except WireError as error:
@@ -241,6 +255,10 @@ class EngineClient:
             except Exception:  # a subscriber's bug must not cut everybody's connection
                 log.exception("a subscriber to %s failed", type(message).__name__)
 
+    async def _check(self, engine: EngineReady) -> None:
+        if self._accept is not None and (self.known is None or self.known.base_digest != engine.base_digest):
+            await asyncio.to_thread(self._accept, engine)
+
     def _adopt(self, engine: EngineReady) -> None:
         """A new connection to an engine: clear what an earlier connection left there, send what has not started."""
         self.engine = self.known = engine
@@ -262,7 +280,8 @@ class EngineClient:
     def _lost(self) -> None:
         """The connection is gone, and with it every sequence that had begun."""
         self._stream = None
-        if self.engine is not None:
+        had_them = self.engine is not None  # sequences are sent as soon as an engine says that it is ready
+        if had_them:
             self._lost_at = time.monotonic()
         self.engine = None
         self._became_ready.clear()
@@ -275,7 +294,10 @@ class EngineClient:
                 continue
             if sequence.started:
                 sequence.fail("engine_restarted", "The engine restarted while this request was running; send it again.")
+            elif had_them and sequence.attempt == _RESUBMISSIONS:
+                log.error("the engine was lost %d times while it had %s", _RESUBMISSIONS + 1, sequence.wire_id)
+                sequence.fail("engine_crashed", "The engine was lost each time that it had this request.")
             else:
-                sequence.attempt += 1
+                sequence.attempt += had_them
                 survivors[sequence.wire_id] = sequence
         self._sequences = survivors

@@ -30,6 +30,40 @@ def test_a_request_that_has_not_started_is_sent_to_the_next_engine(tmp_path):
     in_world(tmp_path, scenario)
 
 
+def test_a_request_that_ends_every_engine_is_given_up(tmp_path):
+    async def scenario(world):
+        asking = asyncio.create_task(world.a.post("/v1/completions", json=PLAIN))
+        for attempt in (1, 2, 3):
+            await first_request(world, attempt)
+            await world.engine.crash()
+        answer = await asking
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_crashed")
+        assert answer.headers["x-should-retry"] == "false", "OpenAI's client would go on by itself"
+        await world.until(lambda: world.services.engine.ready)
+        after = asyncio.create_task(world.a.post("/v1/completions", json=PLAIN))
+        give(world, await first_request(world, 4), 40, finish="stop")
+        assert (await after).status_code == 200
+        assert len(requests(world)) == 4, "nothing of the first was sent again"
+
+    in_world(tmp_path, scenario)
+
+
+def test_time_without_an_engine_is_no_attempt(tmp_path):
+    async def scenario(world):
+        asking = asyncio.create_task(world.a.post("/v1/completions", json=PLAIN))
+        await first_request(world)
+        for _ in range(4):  # connections that end before an engine said that it is ready
+            await world.engine.stop()
+            await world.engine.start(silent=True)
+            seen = world.engine.connections
+            await world.until(lambda seen=seen: world.engine.connections > seen)
+        await world.engine.crash()
+        give(world, await first_request(world, 2), 40, finish="stop")
+        assert (await asking).status_code == 200
+
+    in_world(tmp_path, scenario)
+
+
 def test_a_started_stream_ends_with_an_error_event(tmp_path):
     async def scenario(world):
         async with listening(world) as port:

@@ -48,13 +48,18 @@ class ScriptedEngine:
         self._folder = tempfile.TemporaryDirectory(prefix="cs-")
         self.socket_path = f"{self._folder.name}/e.sock"
         self.pid = 100
+        self.base_digest = "b" * 64
         self.running_jobs: tuple[str, ...] = ()
         self.received: list[Any] = []
         self.drops_answered = True
+        self.connections = 0
+        self._silent = False
         self._server: asyncio.Server | None = None
         self._writer: asyncio.StreamWriter | None = None
 
-    async def start(self) -> None:
+    async def start(self, *, silent: bool = False) -> None:
+        """`silent`: it listens, and never says that it is ready."""
+        self._silent = silent
         self._server = await asyncio.start_unix_server(self._serve, self.socket_path)
 
     async def stop(self) -> None:
@@ -143,9 +148,12 @@ class ScriptedEngine:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
-        writer.write(encode(EngineReady(
-            self.pid, "b" * 64, "llama", "float32", "cpu", 512, 256, 64, 16, SITES, 0.05, 1.0, (), self.running_jobs
-        )))  # fmt: skip
+        self.connections += 1
+        if not self._silent:
+            writer.write(encode(EngineReady(
+                self.pid, self.base_digest, "llama", "float32", "cpu", 512, 256, 64, 16, SITES, 0.05, 1.0, (),
+                self.running_jobs,
+            )))  # fmt: skip
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
                 header = await reader.readexactly(HEADER_BYTES)

@@ -29,6 +29,16 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 _IRRELEVANT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 )
+# Known fields whose other values are refused: what comes past `refuse_unsupported` is what happens anyway.
+_REFUSED_UNLESS_NULL = (
+    "best_of", "suffix", "prompt_logprobs", "functions", "function_call", "web_search_options", "audio",
+)  # fmt: skip
+_REFUSED_UNLESS_EMPTY = (
+    "tools", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+)  # fmt: skip
+_SERVED_AS_IS = frozenset(
+    {*_REFUSED_UNLESS_NULL, *_REFUSED_UNLESS_EMPTY, "tool_choice", "modalities", "priority", "response_format"}
+)
 
 
 class StreamOptions(BaseModel):
@@ -95,15 +105,15 @@ class GenerationFields(BaseModel):
     @property
     def ignored(self) -> list[str]:
         """Fields that the request had and nobody knows."""
-        return sorted(set(self.model_extra or ()) - _IRRELEVANT)
+        return sorted(set(self.model_extra or ()) - _IRRELEVANT - _SERVED_AS_IS)
 
 
 def refuse_unsupported(body: Mapping[str, Any]) -> None:
     """400 `unsupported_value` for parameters that clients know and this server does not serve."""
-    for name in ("best_of", "suffix", "prompt_logprobs", "functions", "function_call", "web_search_options", "audio"):
+    for name in _REFUSED_UNLESS_NULL:
         if body.get(name) is not None:
             raise unsupported(f"'{name}' is not supported by this server; leave it out.", name)
-    for name in ("tools", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+    for name in _REFUSED_UNLESS_EMPTY:
         if body.get(name) not in (None, [], {}):
             raise unsupported(f"'{name}' is not supported by this server; leave it out.", name)
     if body.get("tool_choice") not in (None, "none", "auto"):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coserve.server.gateway.job_queue import CRASHES_ALLOWED
+from coserve.server.gateway.job_spec import resolved_hyperparameters, supervised
 from coserve.server.store.job_events import NewEvent
 from coserve.server.store.jobs import Job, JobChange
 from coserve.server.store.transitions import CANCELLED, FAILED, PAUSED, QUEUED
@@ -16,10 +17,13 @@ def failed(code: str, message: str, param: str | None = None) -> JobChange:
     return JobChange(status=FAILED, error=error, events=[NewEvent(message, level="error")])
 
 
-def validated(spec: dict[str, Any], total_steps: int, warnings: Sequence[str]) -> JobChange:
+def validated(job: Job, spec: dict[str, Any], total_steps: int, warnings: Sequence[str]) -> JobChange:
+    """From here on the job shows the numbers that it trains with, where it said `auto`."""
+    hyperparameters = resolved_hyperparameters(job.hyperparameters)
     events = [NewEvent(warning, level="warn") for warning in warnings]
     return JobChange(
         status=QUEUED, spec=spec, progress={"step": 0, "total_steps": total_steps},
+        hyperparameters=hyperparameters, method=supervised(hyperparameters),
         events=[*events, NewEvent("Files validated, moving job to queued state")],
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from coserve.server.gateway.job_spec import (
     full_adapter,
     full_hyperparameters,
     full_training,
+    supervised,
 )
 from coserve.server.gateway.refusals import Conflict, Invalid, NotFound, QueueFull
 from coserve.server.store.datadir import DataDirectory
@@ -107,7 +108,7 @@ class JobService:
             seed=secrets.randbelow(2**31) if request.seed is None else request.seed,
             suffix=request.suffix,
             metadata=request.metadata,
-            method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            method=supervised(hyperparameters),
             hyperparameters=hyperparameters,
             adapter=adapter,
             training=full_training(request.training, request.hyperparameters),

@@ -53,6 +53,11 @@ def full_hyperparameters(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given.get(name, AUTO) for name in ("batch_size", "learning_rate_multiplier", "n_epochs")}
 
 
+def supervised(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's `method`, which repeats its hyperparameters."""
+    return {"type": "supervised", "supervised": {"hyperparameters": dict(hyperparameters)}}
+
+
 def resolved_hyperparameters(given: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers that `auto` stands for."""
     values = full_hyperparameters(given)

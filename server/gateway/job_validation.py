@@ -76,7 +76,7 @@ class JobValidation:
             while (engine := self._engine.known) is None:  # the spec names the base model; the engine knows it
                 await self._wait_for_engine(job)
             prepared = await self._preparer.prepare(job, engine, stopped)
-            return job_changes.validated(prepared.spec, prepared.total_steps, prepared.warnings)
+            return job_changes.validated(job, prepared.spec, prepared.total_steps, prepared.warnings)
         except Stopped:
             return JobChange()  # cancelled: the job has its final status already
         except PreparationFailed as error:

@@ -76,6 +76,8 @@ class JobChange:
     """Fields to set on a job; None leaves a field as it is."""
 
     status: str | None = None
+    method: Mapping[str, Any] | None = None
+    hyperparameters: Mapping[str, Any] | None = None
     spec: Mapping[str, Any] | None = None
     adapter_id: str | None = None
     fine_tuned_model: str | None = None
@@ -221,7 +223,7 @@ def apply_change(connection: sqlite3.Connection, job: Job, change: JobChange, no
         value = getattr(change, name)
         if value is not None:
             columns[name] = value
-    for name in ("spec", "error", "progress"):
+    for name in ("method", "hyperparameters", "spec", "error", "progress"):
         value = getattr(change, name)
         if value is not None:
             columns[name] = dump(value)

@@ -24,6 +24,10 @@ def test_the_object_has_every_key(tmp_path):
         automatic = {"batch_size": "auto", "learning_rate_multiplier": "auto", "n_epochs": "auto"}
         assert job["hyperparameters"] == automatic
         assert job["method"] == {"type": "supervised", "supervised": {"hyperparameters": automatic}}
+        resolved = {"batch_size": 8, "learning_rate_multiplier": 1.0, "n_epochs": 3}
+        queued = await world.status(job["id"], "queued")
+        assert queued["hyperparameters"] == resolved
+        assert queued["method"] == {"type": "supervised", "supervised": {"hyperparameters": resolved}}
         assert job["adapter"] == {
             "type": "lora", "r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear", "init": "default",
         }  # fmt: skip

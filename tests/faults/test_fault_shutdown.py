@@ -12,6 +12,7 @@ import time
 import pytest
 from fault_load import Job, Stream
 from live_server import COSERVE, LiveServer, alive
+from tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.faults
 
@@ -64,6 +65,19 @@ def test_a_taken_port_exits_5(tiny_model, tmp_path):
         done = serve("--model", str(tiny_model), "--data-dir", str(tmp_path / "d"), "--port", str(port))
     assert done.returncode == 5 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and str(port) in done.stderr and "--port" in done.stderr
+
+
+def test_another_base_model_on_the_same_data_directory_exits_4(tiny_model, tmp_path):
+    data, other = tmp_path / "data", save_tiny_model(tmp_path / "other", seed=1)
+    with LiveServer(tiny_model, data, grace_seconds=2):
+        pass
+    refused = serve("--model", str(other), "--data-dir", str(data), "--port", "0", "--threads", "1")
+    assert refused.returncode == 4 and refused.stdout == "", refused.stderr
+    last = refused.stderr.splitlines()[-1]
+    assert last.startswith("coserve: The data directory") and "--data-dir" in last and "the model it was made for" in last
+    assert "ended for good (exit code 4)" in refused.stderr and refused.stderr.count("gateway started") == 1
+    with LiveServer(tiny_model, data, grace_seconds=2) as again:
+        assert again.is_ready()
 
 
 @pytest.mark.parametrize("fault", ["truncated", "no tokenizer", "pickle only", "config is no JSON"])

@@ -31,6 +31,7 @@ from coserve.server.api.generation_params import (
 )
 from coserve.server.api.usage_shape import chat_logprob, usage_json
 from coserve.server.data.chat_template import ChatTemplateError
+from coserve.server.data.messages import joined, template_role
 from coserve.server.gateway.choice import GenerationRequest, Piece
 from coserve.server.gateway.services import Services
 from coserve.server.gateway.text import Chat, TextModel, TooLong
@@ -167,10 +168,10 @@ def _message(message: ChatMessage, index: int) -> dict[str, Any]:
                 )
             if part.text is None:
                 raise invalid("A text part needs 'text'.", f"{place}.content[{number}].text")
-        content = "\n".join(part.text or "" for part in content)
+        content = joined(part.text or "" for part in content)
     if content is None:
         raise invalid("A message needs 'content'.", f"{place}.content", code="missing_required_parameter")
-    role = "system" if message.role == "developer" else message.role  # templates know the older name
+    role = template_role(message.role)
     rendered = {"role": role, "content": content, "name": message.name, "reasoning_content": message.reasoning_content}
     return {key: value for key, value in rendered.items() if value is not None}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from coserve.server.data.chat_template import ChatTemplateError
 from coserve.server.data.faults import RowFault, check_text
+from coserve.server.data.messages import joined, template_role
 from coserve.server.data.token_row import IGNORED, TokenRow
 from coserve.server.data.tokenizer import Tokenizer
 
@@ -127,6 +128,7 @@ def _messages(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
         if "weight" in message and role != "assistant":
             raise RowFault(f"{field}.weight", f"a weight on a {role} message", "Only assistant messages have one.")
         copy = {key: value for key, value in message.items() if key != "weight"}
+        copy["role"] = template_role(role)
         copy["content"] = _content(message.get("content"), f"{field}.content")
         messages.append(copy)
         weights.append(int(weight))
@@ -142,7 +144,7 @@ def _content(content: object, field: str) -> str:
                     f"{field}[{index}]", "not a text part", 'Only {"type": "text", "text": "…"} is supported.'
                 )
             texts.append(part["text"])
-        content = "".join(texts)
+        content = joined(texts)
     if not isinstance(content, str):
         raise RowFault(field, "missing" if content is None else "not a string", "Give the message's text.")
     check_text(content, field)

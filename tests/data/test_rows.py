@@ -4,6 +4,7 @@ import pytest
 from chat_templates import FAMILIES, save_chat_tokenizer
 from transformers import AutoTokenizer
 
+from coserve.server.api.chat import ChatMessage, render_messages
 from coserve.server.data.faults import RowFault
 from coserve.server.data.formats import RowEncoder
 from coserve.server.data.token_row import IGNORED
@@ -75,6 +76,19 @@ def test_assistant_turns_bear_loss_with_their_end_and_nothing_else(encoder, fami
     assert text == encoder(family).tokenizer.template.render(CHAT)
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_training_sees_the_prompt_that_serving_makes(encoder, role):
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    asked = [{"role": role, "content": parts}, {"role": "user", "content": parts}]
+    wanted = encoder("chatml")
+    chat = render_messages([ChatMessage.model_validate(message) for message in asked])
+    prompt = wanted.tokenizer.template.render(chat, add_generation_prompt=True)
+    ids = list(wanted.tokenizer.encode(prompt, add_special_tokens=False))
+    _, row = wanted.encode({"messages": [*asked, {"role": "assistant", "content": "three"}]})
+    assert list(row.ids[: len(ids)]) == ids and "one\ntwo" in prompt and "developer" not in prompt
+    assert set(row.labels[: len(ids)]) == {IGNORED} and row.labels[len(ids)] == row.ids[len(ids)]
+
+
 @pytest.mark.parametrize("family", [*TURNS])
 def test_weights_and_the_last_answer_only(encoder, family):
     weighted = [CHAT[0], {**CHAT[1], "weight": 0}, CHAT[2], {**CHAT[3], "weight": 1}]
@@ -112,9 +126,10 @@ def test_a_template_that_rewrites_earlier_turns(encoder):
 
 
 def test_content_in_parts_is_their_text(encoder):
-    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    whole = {"messages": [{"role": "user", "content": "one\ntwo"}, CHAT[1]]}
     chat = [{"role": "user", "content": parts}, CHAT[1]]
-    assert encoder("chatml").encode({"messages": chat}) == encoder("chatml").encode({"messages": CHAT[:2]})
+    assert encoder("chatml").encode({"messages": chat}) == encoder("chatml").encode(whole)
 
 
 @pytest.mark.parametrize(

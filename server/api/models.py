@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from coserve.server.api.auth import Caller
 from coserve.server.api.dependencies import ServicesOf
-from coserve.server.api.errors import invalid, model_not_found
+from coserve.server.api.errors import clip, invalid, model_not_found
 from coserve.server.gateway.refusals import NotFound
 from coserve.server.gateway.services import Services
 from coserve.server.store.adapters import Adapter
@@ -57,6 +57,12 @@ async def delete_model(model: str, services: ServicesOf, principal: Caller) -> d
     try:
         await services.adapters.delete(principal.tenant, model)
     except NotFound:
+        if await services.store.models.resolve(principal.tenant, model) is not None:
+            raise invalid(
+                f"`{clip(model)}` is a checkpoint or a single version, which cannot be deleted by itself; delete its "
+                "adapter, or the job's `fine_tuned_model`.",
+                "model",
+            ) from None
         raise model_not_found(model) from None
     return {"id": model, "object": "model", "deleted": True}
 

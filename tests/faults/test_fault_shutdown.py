@@ -74,7 +74,8 @@ def test_another_base_model_on_the_same_data_directory_exits_4(tiny_model, tmp_p
     refused = serve("--model", str(other), "--data-dir", str(data), "--port", "0", "--threads", "1")
     assert refused.returncode == 4 and refused.stdout == "", refused.stderr
     last = refused.stderr.splitlines()[-1]
-    assert last.startswith("coserve: The data directory") and "--data-dir" in last and "the model it was made for" in last
+    assert last.startswith("coserve: The data directory")
+    assert "--data-dir" in last and "the model it was made for" in last
     assert "ended for good (exit code 4)" in refused.stderr and refused.stderr.count("gateway started") == 1
     with LiveServer(tiny_model, data, grace_seconds=2) as again:
         assert again.is_ready()

@@ -97,6 +97,10 @@ def child_environment(settings: Settings) -> dict[str, str]:
     # OpenMP threads that spin at a barrier cost every other process of the machine its cores: with one busy
     # neighbour on two cores a decode step took 1164 ms instead of 265 ms, and alone it gains nothing
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Large tensors stay in the heap instead of being mapped, zeroed and given back at every use: 8% of a training
+    # step on two cores, a third of its page faults.
+    environment.setdefault("MALLOC_MMAP_MAX_", "0")
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(16 * 2**30))
     if settings.threads is not None:
         environment["OMP_NUM_THREADS"] = str(settings.threads)
     environment["PYTHONUNBUFFERED"] = "1"

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from coserve.server.engine.attention import ATTENTION_NAME, UnsupportedModel, register
 from coserve.server.engine.backward import run_backward_unit
-from coserve.server.engine.forward import run_sweep_layers
+from coserve.server.engine.forward import PackedPass, run_packed, run_sweep_layers
 from coserve.server.engine.generation import GenerationPart, RowRun
 from coserve.server.engine.head import run_head_unit
 from coserve.server.engine.kv_cache import KVCache
 from coserve.server.engine.model import BaseModel
+from coserve.server.engine.shapes import layer_shapes
 from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
 from coserve.server.training.peft.sites import Site
 
@@ -128,9 +129,6 @@ class _PlainLora:
 
 
 def _check_generation(base: BaseModel, reference: nn.Module, adapter: _RandomAdapter) -> None:
-    from coserve.server.engine.forward import PackedPass, run_packed
-    from coserve.server.engine.shapes import layer_shapes
-
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, _VOCABULARY, n).tolist() for n in (19, 11)]
     size = 4
@@ -146,8 +144,7 @@ def _check_generation(base: BaseModel, reference: nn.Module, adapter: _RandomAda
                 ids += prompts[i][done[i] : done[i] + rows]
         part = GenerationPart(runs, cache)
         out = run_packed(base, torch.tensor(ids), part.positions, PackedPass([part]))
-        with torch.no_grad():
-            logits = base.frame.end(out)
+        logits = base.logits(out)
         row = 0
         for i, rows in enumerate(chunks):
             got[i].append(logits[row : row + rows])

@@ -30,7 +30,6 @@ class Request:
     first_token_at: float | None = None
     last_token_at: float | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    late: bool = False  # a promise was broken
 
     @property
     def id(self) -> str:

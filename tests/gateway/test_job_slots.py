@@ -1,0 +1,63 @@
+"""Which jobs run and how many may wait: slots and the queue's bounds, against a scripted engine."""
+
+import asyncio
+
+import httpx
+from scripted_engine import in_world
+
+
+def test_slots_are_handed_out_first_come_first_served(tmp_path):
+    async def scenario(world):
+        file = await world.upload()
+        jobs = []
+        for _ in range(5):
+            jobs.append((await world.create(file=file))["id"])
+            await world.until(lambda: not world.services.controller._validation._running)
+        await world.until(lambda: len(world.engine.started()) == 2)
+        assert world.engine.started() == jobs[:2]
+        waiting = [await world.job(job_id) for job_id in jobs]
+        places = [job["progress"]["queue_position"] for job in waiting[2:]]
+        assert [job["status"] for job in waiting[2:]] == ["queued"] * 3
+        assert places == sorted(places) and places[0] < places[1] < places[2]
+        assert "at most 2" in waiting[4]["progress"]["reason"]
+        for job_id in jobs[:2]:
+            world.engine.tell(job_id, "started", "Fine-tuning job started", total_steps=1)
+        world.engine.finish(jobs[1], 1)
+        await world.started(jobs[2])
+        assert jobs[3] not in world.engine.started()
+        await world.a.post(f"/v1/fine_tuning/jobs/{jobs[3]}/cancel")
+        await world.a.post(f"/v1/fine_tuning/jobs/{jobs[0]}/cancel")
+        await asyncio.sleep(0.03)
+        assert jobs[4] not in world.engine.started(), "the slot is free only when the engine let go"
+        world.engine.tell(jobs[0], "cancelled", "cancelled", step=0)
+        await world.started(jobs[4])
+
+    in_world(tmp_path, scenario, max_jobs_running=2)
+
+
+def test_the_queue_is_bounded_for_each_tenant(tmp_path):
+    async def scenario(world):
+        await world.engine.stop()
+        await world.until(lambda: world.services.engine.engine is None)
+        file, other = await world.upload(), await world.upload(world.b)
+        for _ in range(3):
+            await world.create(file=file)
+        body = {"model": "base", "training_file": file}
+        answer = await world.a.post("/v1/fine_tuning/jobs", json=body)
+        assert answer.status_code == 429 and answer.json()["error"]["code"] == "rate_limit_exceeded"
+        assert int(answer.headers["retry-after-ms"]) > 0
+        assert (await world.create(world.b, file=other))["status"] == "validating_files"
+
+    in_world(tmp_path, scenario, max_jobs_queued_tenant=3)
+
+
+def test_a_burst_of_creates_does_not_pass_the_bound(tmp_path):
+    async def scenario(world):
+        await world.engine.stop()
+        body = {"model": "base", "training_file": await world.upload()}
+        answers: list[httpx.Response] = await asyncio.gather(
+            *(world.a.post("/v1/fine_tuning/jobs", json=body) for _ in range(10))
+        )
+        assert sorted(answer.status_code for answer in answers) == [200] * 3 + [429] * 7
+
+    in_world(tmp_path, scenario, max_jobs_queued_tenant=3)

@@ -24,7 +24,7 @@ from coserve.server.api import (
     tokenize,
 )
 from coserve.server.api.auth import Authentication, route_table
-from coserve.server.api.errors import ApiError, clip, from_refusal, from_status, invalid, place
+from coserve.server.api.errors import ApiError, clip, from_faults, from_refusal, from_status, invalid
 from coserve.server.api.middleware import ErrorBoundary, Limits, RequestId
 from coserve.server.gateway.refusals import Refused
 from coserve.server.gateway.services import Services
@@ -105,7 +105,4 @@ async def _http_error(request: Request, error: Any) -> Response:
 
 
 async def _validation_error(_: Request, error: Any) -> Response:
-    first = error.errors()[0]
-    param = place(first["loc"][1:])  # the first part says where: query, path, body
-    code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
-    return invalid(f"Invalid value for '{param}': {first['msg']}", param or None, code=code).response()
+    return from_faults(error.errors(), skip=1).response()  # the first part says where: query, path, body

@@ -11,24 +11,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from coserve.server.api.auth import Caller
-from coserve.server.api.dependencies import ServicesOf, body_schema, read_json, validated
+from coserve.server.api.dependencies import ServicesOf, body_schema
 from coserve.server.api.errors import clip, invalid, unsupported
 from coserve.server.api.generating import (
     TRUNCATABLE,
     answer,
     completion_length,
+    generation_request,
+    read_fields,
     require_engine,
     resolve_model,
     too_long,
     truncated,
 )
-from coserve.server.api.generation_params import (
-    MAX_TOP_LOGPROBS,
-    GenerationFields,
-    refuse_unsupported,
-    sampling_params,
-    warning_headers,
-)
+from coserve.server.api.generation_params import MAX_TOP_LOGPROBS, GenerationFields
 from coserve.server.api.usage_shape import chat_logprob, usage_json
 from coserve.server.data.chat_template import ChatTemplateError
 from coserve.server.data.messages import joined, template_role
@@ -77,9 +73,7 @@ class ChatRequest(GenerationFields):
 async def create_chat_completion(request: Request, services: ServicesOf, principal: Caller) -> Response:
     """Generates the next turn of a conversation."""
     arrived = time.monotonic()
-    body = await read_json(request)
-    refuse_unsupported(body)
-    fields = validated(ChatRequest, body)
+    fields = await read_fields(request, ChatRequest)
     if fields.top_logprobs and not fields.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
     chat = _chat(fields)
@@ -100,37 +94,20 @@ async def create_chat_completion(request: Request, services: ServicesOf, princip
     asked = fields.max_completion_tokens if fields.max_completion_tokens is not None else fields.max_tokens
     max_tokens = completion_length(len(prompt), asked, None, context, "messages")
 
-    generation = GenerationRequest(
+    generation = generation_request(
+        services,
+        principal,
+        fields,
+        engine,
         id=new_id(CHAT_COMPLETION),
-        tenant=principal.tenant,
-        salt=principal.salt + "/" + (fields.cache_salt or ""),
-        model=fields.model,
         adapter=adapter,
         prompts=(prompt,),
-        n=fields.n or 1,
-        sampling=sampling_params(
-            fields,
-            max_tokens=max_tokens,
-            stop_ids=services.text.tokenizer.stop_ids,
-            vocab_size=engine.vocab_size,
-            logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
-            prompt_logprobs=None,
-        ),
-        stop=fields.stops,
-        include_stop=bool(fields.include_stop_str_in_output),
-        skip_special=fields.skip_special_tokens is not False,
+        max_tokens=max_tokens,
+        logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
         continues_prompt=bool(fields.continue_final_message),
     )
-    return await answer(
-        request,
-        services,
-        generation,
-        ChatShape(services, fields, generation, adapter.digest if adapter else engine.base_digest),
-        arrived=arrived,
-        stream=bool(fields.stream),
-        include_usage=fields.include_usage,
-        headers=warning_headers(fields),
-    )
+    shape = ChatShape(services, fields, generation, adapter.digest if adapter else engine.base_digest)
+    return await answer(request, services, fields, generation, shape, arrived)
 
 
 def _chat(fields: ChatRequest) -> Chat:

@@ -12,25 +12,20 @@ from pydantic import Field
 from starlette.responses import Response
 
 from coserve.server.api.auth import Caller
-from coserve.server.api.dependencies import ServicesOf, body_schema, read_json, validated
+from coserve.server.api.dependencies import ServicesOf, body_schema
 from coserve.server.api.errors import invalid
 from coserve.server.api.generating import (
     TRUNCATABLE,
     answer,
     completion_length,
+    generation_request,
+    read_fields,
     require_engine,
     resolve_model,
     too_long,
     truncated,
 )
-from coserve.server.api.generation_params import (
-    MAX_TOP_LOGPROBS,
-    GenerationFields,
-    check_ids,
-    refuse_unsupported,
-    sampling_params,
-    warning_headers,
-)
+from coserve.server.api.generation_params import MAX_TOP_LOGPROBS, GenerationFields, check_ids
 from coserve.server.api.usage_shape import finite, token_label, usage_json
 from coserve.server.gateway.choice import GenerationRequest, Piece
 from coserve.server.gateway.services import Services
@@ -63,14 +58,12 @@ class Prompt:
 async def create_completion(request: Request, services: ServicesOf, principal: Caller) -> Response:
     """Continues one prompt, or several."""
     arrived = time.monotonic()
-    body = await read_json(request)
-    refuse_unsupported(body)
-    fields = validated(CompletionRequest, body)
+    fields = await read_fields(request, CompletionRequest)
     given = _prompts(fields.prompt)
-    echo, n = bool(fields.echo), fields.n or 1
+    echo = bool(fields.echo)
     if fields.max_tokens == 0 and not echo:
         raise invalid("'max_tokens' is 0: only 'echo' can be answered without making a token.", "max_tokens")
-    engine = require_engine(services, principal, len(given) * n)
+    engine = require_engine(services, principal, len(given) * (fields.n or 1))
     adapter = await resolve_model(services, principal, fields.model)
     prompts = [await _prompt(services, fields, engine, one, position) for position, one in enumerate(given)]
 
@@ -81,38 +74,22 @@ async def create_completion(request: Request, services: ServicesOf, principal: C
         )
         for prompt in prompts
     ]
-    generation = GenerationRequest(
+    generation = generation_request(
+        services,
+        principal,
+        fields,
+        engine,
         id=new_id(COMPLETION),
-        tenant=principal.tenant,
-        salt=principal.salt + "/" + (fields.cache_salt or ""),
-        model=fields.model,
         adapter=adapter,
-        prompts=tuple(prompt.ids for prompt in prompts),
-        n=n,
-        sampling=sampling_params(
-            fields,
-            max_tokens=min(lengths),
-            stop_ids=services.text.tokenizer.stop_ids,
-            vocab_size=engine.vocab_size,
-            logprobs=fields.logprobs,
-            prompt_logprobs=fields.logprobs if echo else None,
-        ),
-        stop=fields.stops,
-        include_stop=bool(fields.include_stop_str_in_output),
-        skip_special=fields.skip_special_tokens is not False,
+        prompts=[prompt.ids for prompt in prompts],
+        max_tokens=min(lengths),
+        logprobs=fields.logprobs,
+        prompt_logprobs=fields.logprobs if echo else None,
         continues_prompt=True,
         prompt_only=prompt_only,
     )
-    return await answer(
-        request,
-        services,
-        generation,
-        CompletionShape(services, fields, generation, prompts, adapter.digest if adapter else engine.base_digest),
-        arrived=arrived,
-        stream=bool(fields.stream),
-        include_usage=fields.include_usage,
-        headers=warning_headers(fields),
-    )
+    shape = CompletionShape(services, fields, generation, prompts, adapter.digest if adapter else engine.base_digest)
+    return await answer(request, services, fields, generation, shape, arrived)
 
 
 def _prompts(given: Any) -> list[str | list[int]]:

@@ -13,6 +13,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coserve.server.api.errors import ApiError, invalid, unavailable
+from coserve.server.api.middleware import new_request_id
 
 
 class GatewayProtocol(H11Protocol):
@@ -64,6 +65,7 @@ class GatewayProtocol(H11Protocol):
             f"HTTP/1.1 {error.status} {reason}",
             "content-type: application/json",
             f"content-length: {len(body)}",
+            f"x-request-id: {new_request_id()}",
             *(f"{name}: {value}" for name, value in (error.headers or {}).items()),
             "connection: close",
         ]

@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from coserve.server.api.errors import from_validation, invalid
+from coserve.server.api.errors import clip, from_validation, invalid
 from coserve.server.gateway.services import Services
 
 _DEPTH = 64
@@ -38,10 +38,10 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """Strict JSON: an object, no NaN or Infinity, no NUL, no lone surrogate, nested at most 64 deep."""
+    """Strict JSON: an object, no key twice, no NaN or Infinity, no NUL, no lone surrogate, nested at most 64 deep."""
     try:
         text = body.decode("utf-8")
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
     except UnicodeDecodeError:
         raise invalid("The body is not UTF-8.", code="invalid_json") from None
     except json.JSONDecodeError as error:
@@ -75,6 +75,16 @@ def body_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values under one key no reader agrees which counts."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise invalid(f"An object of the body has '{clip(twice)}' twice; give it once.", code="invalid_json")
+    return value
 
 
 def _check_depth(value: Any) -> None:

@@ -5,6 +5,7 @@ A message may repeat what the client sent, never what the server is: no path, ad
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -31,6 +32,7 @@ _CODES = {
     409: "conflict",
     413: "request_too_large",
     415: "unsupported_media_type",
+    416: "range_not_satisfiable",
     429: "rate_limit_exceeded",
     431: "request_header_too_large",
     500: "internal_error",
@@ -136,20 +138,77 @@ def from_status(status: int, detail: str | None = None, headers: Mapping[str, st
     return ApiError(status, detail, headers=headers)
 
 
-def from_validation(error: ValidationError, *, prefix: Sequence[str | int] = ()) -> ApiError:
+def from_validation(error: ValidationError) -> ApiError:
     """400 for the first fault of a pydantic validation; `param` is its place, as `messages[0].content`."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = place([*prefix, *first["loc"]])
+    return from_faults(error.errors(include_url=False, include_input=False))
+
+
+def from_faults(faults: Sequence[Mapping[str, Any]], *, skip: int = 0) -> ApiError:
+    """400 for the first of pydantic's faults, told in the words of this API; `skip` parts of its place are left out.
+
+    A value that may be of several kinds has a fault for each. The one that looks deepest into it counts; those at
+    the same place are told together.
+    """
+    places = [place(fault["loc"][skip:]) for fault in faults]
+    inside = [one for one in places if re.match(rf"{re.escape(places[0])}([.\[]|$)", one)]
+    param = max(inside, key=len)
+    first = faults[places.index(param)]
     if first["type"] == "missing":
         return invalid(f"Missing required parameter: '{param}'.", param, code="missing_required_parameter")
     if first["type"] == "extra_forbidden":
+        param = place(first["loc"][skip:-1], key=str(first["loc"][-1]))
         return invalid(f"Unknown parameter: '{param}'.", param, code="unknown_parameter")
-    reason = first["msg"].removeprefix("Value error, ")
-    return invalid(f"Invalid value for '{param}': {reason}" if param else reason, param or None)
+    reasons = [_reason(fault) for fault, one in zip(faults, places, strict=True) if one == param]
+    reasons = [reasons[0], *(reason.removeprefix("must be ") for reason in reasons[1:])]
+    reason = " or ".join(dict.fromkeys(reasons))
+    return invalid(f"Invalid value for '{param}': {reason}." if param else f"{reason}.", param or None)
 
 
-def place(location: Sequence[str | int]) -> str:
-    """`("messages", 0, "content")` as `messages[0].content`; tags that pydantic adds for unions are left out."""
+_KINDS = {
+    "string_type": "must be a string",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "too_short": "must have at least {min_length} entries",
+    "too_long": "must have at most {max_length} entries",
+}
+
+
+def _reason(fault: Mapping[str, Any]) -> str:
+    """What a value must be; pydantic's own sentence where it has no better one."""
+    known, limits = _KINDS.get(fault["type"]), fault.get("ctx", {})
+    if known is None:
+        return str(fault["msg"]).removeprefix("Value error, ").rstrip(".")
+    if limits.get("min_length") == 1:
+        return "must not be empty"
+    return known.format_map({name: _plain(value) for name, value in limits.items()})
+
+
+def _plain(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def place(location: Sequence[str | int], *, key: str | None = None) -> str:
+    """`("messages", 0, "content")` as `messages[0].content`; tags that pydantic adds for unions are left out.
+
+    `key` comes last, whatever it looks like: a client's own word.
+    """
     text = ""
     for part in location:
         if isinstance(part, int):
@@ -158,6 +217,8 @@ def place(location: Sequence[str | int]) -> str:
             if part in ("str", "int", "float", "bool", "none"):
                 continue
             text += f".{part}" if text else part
+    if key is not None:
+        text += f".{key}" if text else key
     return clip(text)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from coserve.server.api.errors import invalid, unsupported
 from coserve.server.gateway.job_spec import ADAPTER_DEFAULTS, JobRequest
@@ -26,6 +26,7 @@ _METRICS = (
 Auto = Literal["auto"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+ModuleNames = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=256)]
 FileId = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -54,19 +55,23 @@ class AdapterOptions(_Strict):
     type: str = Field(default="lora", max_length=64)
     r: int = Field(default=16, ge=1, le=MAX_RANK)
     alpha: float = Field(default=32, gt=0, le=1e6, allow_inf_nan=False)
-    dropout: float = Field(default=0.0, ge=0, lt=1, allow_inf_nan=False)
-    target_modules: str | list[Annotated[str, Field(min_length=1, max_length=256)]] = "all-linear"
+    dropout: float = Field(default=0.0, ge=0, le=0.999999, allow_inf_nan=False)
+    target_modules: Literal["all-linear"] | ModuleNames = "all-linear"
     init: str = Field(default="default", max_length=256)
 
-    @model_validator(mode="after")
-    def _check(self) -> AdapterOptions:
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            raise ValueError('target_modules is "all-linear" or a list of module names')
-        if isinstance(self.target_modules, list) and not 1 <= len(self.target_modules) <= 256:
-            raise ValueError("target_modules must have 1 to 256 names")
-        if self.init != "default" and not (self.init.startswith("adapter:") and len(self.init) > len("adapter:")):
-            raise ValueError('init is "default" or "adapter:<id>", an adapter to start from')
-        return self
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_or_names(cls, value: Any) -> Any:
+        if value != "all-linear" and not isinstance(value, list):
+            raise ValueError('must be "all-linear" or a list of module names')
+        return value
+
+    @field_validator("init")
+    @classmethod
+    def _default_or_adapter(cls, value: str) -> str:
+        if value != "default" and not (value.startswith("adapter:") and len(value) > len("adapter:")):
+            raise ValueError('must be "default" or "adapter:<id>", an adapter to start from')
+        return value
 
 
 class TrainingOptions(_Strict):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
+from coserve.server.api.dependencies import read_json, validated
 from coserve.server.api.errors import ApiError, from_refusal, internal_error, invalid, model_not_found
+from coserve.server.api.generation_params import (
+    GenerationFields,
+    refuse_unsupported,
+    sampling_params,
+    warning_headers,
+)
 from coserve.server.gateway.choice import GenerationRequest, Piece
 from coserve.server.gateway.disconnects import ClientGone, while_connected
 from coserve.server.gateway.engine_sequence import SequenceFailed
@@ -23,6 +30,8 @@ from coserve.server.tenancy.principal import Principal
 from coserve.server.wire.messages import AdapterRef, EngineReady
 
 log = logging.getLogger("coserve.generation")
+
+F = TypeVar("F", bound=GenerationFields)
 
 TRUNCATABLE = 16  # contexts: a longer prompt is refused even where it would be cut, before it costs seconds of CPU
 CLIENT_CLOSED_REQUEST = 499  # nobody is there to see it
@@ -122,19 +131,64 @@ def failure(failed: SequenceFailed) -> ApiError:
     return ApiError(status, text or failed.message, code=failed.code, headers=headers)
 
 
+async def read_fields(request: Request, model: type[F]) -> F:
+    """The request's body as `model`; 400 for what is malformed, out of range or not served."""
+    body = await read_json(request)
+    refuse_unsupported(body)
+    return validated(model, body)
+
+
+def generation_request(
+    services: Services,
+    principal: Principal,
+    fields: GenerationFields,
+    engine: EngineReady,
+    *,
+    id: str,
+    adapter: AdapterRef | None,
+    prompts: Sequence[tuple[int, ...]],
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+    continues_prompt: bool,
+    prompt_only: bool = False,
+) -> GenerationRequest:
+    """What both routes ask of the engine in the same way. Raises 400 for token ids outside the vocabulary."""
+    return GenerationRequest(
+        id=id,
+        tenant=principal.tenant,
+        salt=principal.salt + "/" + (fields.cache_salt or ""),
+        model=fields.model,
+        adapter=adapter,
+        prompts=tuple(prompts),
+        n=fields.n or 1,
+        sampling=sampling_params(
+            fields,
+            max_tokens=max_tokens,
+            stop_ids=services.text.tokenizer.stop_ids,
+            vocab_size=engine.vocab_size,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        ),
+        stop=fields.stops,
+        include_stop=bool(fields.include_stop_str_in_output),
+        skip_special=fields.skip_special_tokens is not False,
+        continues_prompt=continues_prompt,
+        prompt_only=prompt_only,
+    )
+
+
 async def answer(
     request: Request,
     services: Services,
+    fields: GenerationFields,
     generation_request: GenerationRequest,
     shape: Shape,
-    *,
     arrived: float,
-    stream: bool,
-    include_usage: bool,
-    headers: Mapping[str, str],
 ) -> Response:
     """Runs a request to its end for as long as the client is there."""
     service = services.generation
+    headers = warning_headers(fields)
     try:
         generation = service.start(generation_request, arrived)
     except Refused as refused:
@@ -142,10 +196,10 @@ async def answer(
         raise from_refusal(refused) from None
     keepalive = services.settings.keepalive_seconds
     try:
-        if stream:
+        if fields.stream:
             # The first news decides between an error's status and a stream; a long queue begins it with a heartbeat.
             first = await while_connected(request.receive, generation.next(keepalive))
-            chunks = _events(services, generation, shape, first, include_usage)
+            chunks = _events(services, generation, shape, first, fields.include_usage)
             return EventStream(chunks, lambda: service.drop(generation), headers)
         pieces = await while_connected(request.receive, _all_pieces(generation, keepalive))
     except ClientGone:
@@ -158,7 +212,7 @@ async def answer(
         service.drop(generation)
         raise
     await service.finish(generation)
-    return JSONResponse(shape.whole(pieces, generation.usage), headers=dict(headers))
+    return JSONResponse(shape.whole(pieces, generation.usage), headers=headers)
 
 
 async def _all_pieces(generation: Generation, timeout: float) -> list[list[Piece]]:

@@ -26,9 +26,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 # Known fields that change nothing here: accepted in silence.
-_IRRELEVANT = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-)
+_IRRELEVANT = frozenset({"store", "service_tier", "safety_identifier", "prompt_cache_key"})
 # Known fields whose other values are refused: what comes past `refuse_unsupported` is what happens anyway.
 _REFUSED_UNLESS_NULL = (
     "best_of", "suffix", "prompt_logprobs", "functions", "function_call", "web_search_options", "audio",
@@ -44,7 +42,7 @@ _SERVED_AS_IS = frozenset(
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class GenerationFields(BaseModel):
@@ -78,6 +76,11 @@ class GenerationFields(BaseModel):
     truncate_prompt_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     return_token_ids: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+    # checked, and without effect here
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from coserve.server.api.errors import ApiError, internal_error, storage_unavailable
+from coserve.server.api.errors import ApiError, clip, from_status, internal_error, storage_unavailable
 from coserve.server.store.errors import StoreUnavailable
 
 log = logging.getLogger("coserve.http")
@@ -36,7 +36,7 @@ class RequestId:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _CLIENT_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
+        request_id = given if _CLIENT_REQUEST_ID.fullmatch(given) else new_request_id()
         scope["coserve.request_id"] = request_id
         started = time.monotonic()
         status = 0
@@ -66,11 +66,17 @@ class ErrorBoundary:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         begun = False
+        plain: _PlainError | None = None
 
         async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = begun or message["type"] == "http.response.start"
-            await send(message)
+            nonlocal begun, plain
+            if message["type"] == "http.response.start":
+                begun = True
+                plain = _PlainError.of(message)
+            if plain is None:
+                await send(message)
+            elif message["type"] == "http.response.body" and plain.complete(message):
+                await plain.error().response()(scope, receive, send)
 
         try:
             await self.app(scope, receive, watched)
@@ -86,6 +92,29 @@ class ErrorBoundary:
             log.error("%s: unexpected %s\n%s", scope.get("coserve.request_id"), type(error).__name__, frames)
             if not begun:
                 await internal_error().response()(scope, receive, send)
+
+
+class _PlainError:
+    """An error that the framework answers in plain text, as for a bad `Range`: kept back until its text is whole."""
+
+    def __init__(self, status: int, headers: Headers) -> None:
+        self._status = status
+        self._headers = headers
+        self._text = b""
+
+    @classmethod
+    def of(cls, start: Message) -> _PlainError | None:
+        headers = Headers(raw=start["headers"])
+        told = headers.get("content-type", "").startswith("text/")
+        return cls(start["status"], headers) if start["status"] >= 400 and told else None
+
+    def complete(self, message: Message) -> bool:
+        self._text += message.get("body", b"")
+        return not message.get("more_body")
+
+    def error(self) -> ApiError:
+        kept = {name: self._headers[name] for name in ("allow", "content-range") if name in self._headers}
+        return from_status(self._status, clip(self._text.decode("utf-8", "replace"), 500), kept)
 
 
 class Limits:
@@ -123,6 +152,10 @@ class Limits:
             return message
 
         return await self.app(scope, counted, send)
+
+
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(16)}"
 
 
 def _too_large(limit: int) -> ApiError:

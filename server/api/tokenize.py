@@ -11,6 +11,7 @@ from coserve.server.api.auth import Caller
 from coserve.server.api.chat import ChatMessage, render_messages
 from coserve.server.api.dependencies import ServicesOf, body_schema, read_json, validated
 from coserve.server.api.errors import clip, invalid
+from coserve.server.api.generating import resolve_model
 from coserve.server.api.generation_params import check_ids
 from coserve.server.data.chat_template import ChatTemplateError
 from coserve.server.gateway.text import Chat
@@ -21,36 +22,38 @@ router = APIRouter(tags=["generation"])
 class TokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    model: str | None = None
+    model: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-    return_token_strs: bool = False
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    model: str | None = None
+    model: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     tokens: list[int]
 
 
 @router.post("/tokenize", openapi_extra=body_schema(TokenizeRequest))
-async def tokenize(request: Request, services: ServicesOf, _: Caller) -> dict[str, Any]:
+async def tokenize(request: Request, services: ServicesOf, principal: Caller) -> dict[str, Any]:
     """Token ids of a text, or of a chat as its template renders it."""
     fields = validated(TokenizeRequest, await read_json(request))
+    if fields.model is not None:
+        await resolve_model(services, principal, fields.model)
     text = services.text
     if (fields.prompt is None) == (fields.messages is None):
         raise invalid("Give either 'prompt' or 'messages'.", "prompt")
     if fields.messages is not None:
-        chat = Chat(render_messages(fields.messages), add_generation_prompt=fields.add_generation_prompt)
+        chat = Chat(render_messages(fields.messages), add_generation_prompt=fields.add_generation_prompt is not False)
         try:
             ids = await text.encode_chat(chat)
         except ChatTemplateError as error:
             raise invalid(clip(str(error), 500), "messages") from None
     else:
-        ids = await text.encode(fields.prompt or "", add_special_tokens=fields.add_special_tokens)
+        ids = await text.encode(fields.prompt or "", add_special_tokens=fields.add_special_tokens is not False)
     engine = services.engine.known
     return {
         "tokens": list(ids),
@@ -61,8 +64,10 @@ async def tokenize(request: Request, services: ServicesOf, _: Caller) -> dict[st
 
 
 @router.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest))
-async def detokenize(request: Request, services: ServicesOf, _: Caller) -> dict[str, str]:
+async def detokenize(request: Request, services: ServicesOf, principal: Caller) -> dict[str, str]:
     """The text of token ids, special tokens included."""
     fields = validated(DetokenizeRequest, await read_json(request))
+    if fields.model is not None:
+        await resolve_model(services, principal, fields.model)
     ids = check_ids(fields.tokens, services.text.tokenizer.vocab_size, "tokens")
     return {"prompt": await services.text.decode(ids, skip_special_tokens=False)}

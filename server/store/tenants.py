@@ -34,7 +34,7 @@ class Tenants:
         """A new tenant. Raises ValueError for a bad name, AlreadyExists for a taken one."""
         if NAME.fullmatch(name) is None:
             raise ValueError(
-                f"tenant name {name!r}: use 1-64 letters, digits, '.', '_' and '-', beginning with no sign"
+                f"tenant name {name!r}: use 1 to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit"
             )
         created_at = int(self._clock())
 

@@ -57,6 +57,8 @@ BROKEN_BODIES = {
     "NaN": b'{"model": "base", "temperature": NaN}',
     "infinity": b'{"model": "base", "temperature": -Infinity}',
     "a long integer": b'{"model": "base", "seed": ' + b"9" * 10_000 + b"}",
+    "a key twice": b'{"model": "base", "prompt": "a", "messages": [{"role": "user", "content": "a"}], "model": "base"}',
+    "a key twice inside": b'{"model": "base", "messages": [{"role": "user", "role": "system", "content": "b"}]}',
     "not UTF-8": b'{"model": "\xff\xfe"}',
     "UTF-16": '{"model": "base"}'.encode("utf-16"),
 }
@@ -95,6 +97,8 @@ BAD_CHAT = [
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, 7]}]}, "messages[0].content[1]"),
+    ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": -1}, "max_tokens"),
@@ -140,6 +144,10 @@ BAD_CHAT = [
     ({"cache_salt": ""}, "cache_salt"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": 5}, "stream_options"),
+    ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"user": 5}, "user"),
+    ({"metadata": "x"}, "metadata"),
+    ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"__class__": 1}}, "chat_template_kwargs"),
     ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
@@ -158,6 +166,35 @@ UNSUPPORTED = [
     {"guided_json": {"type": "object"}},
     {"priority": 3},
 ]
+
+BAD_TOKENIZE = [
+    ("/tokenize", {}, "prompt"),
+    ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}, "prompt"),
+    ("/tokenize", {"prompt": 5}, "prompt"),
+    ("/tokenize", {"prompt": "a", "add_special_tokens": "no"}, "add_special_tokens"),
+    ("/tokenize", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ("/detokenize", {}, "tokens"),
+    ("/detokenize", {"tokens": "ab"}, "tokens"),
+    ("/detokenize", {"tokens": [1.5]}, "tokens[0]"),
+    ("/detokenize", {"tokens": [-1]}, "tokens"),
+    ("/detokenize", {"tokens": [10**400]}, "tokens"),
+]
+
+# What is expected is said in the words of the API, all of it where a value may be of several kinds.
+TOLD = [
+    ({"messages": 5}, "Invalid value for 'messages': must be a list."),
+    ({"messages": []}, "Invalid value for 'messages': must not be empty."),
+    ({"messages": [5]}, "Invalid value for 'messages[0]': must be an object."),
+    (
+        {"messages": [{"role": "user", "content": {}}]},
+        "Invalid value for 'messages[0].content': must be a string or a list.",
+    ),
+    ({"n": 65}, "Invalid value for 'n': must be at most 64."),
+    ({"n": "1"}, "Invalid value for 'n': must be a whole number."),
+    ({"temperature": True}, "Invalid value for 'temperature': must be a number."),
+    ({"stream": 1}, "Invalid value for 'stream': must be true or false."),
+    ({"stop": 5}, "Invalid value for 'stop': must be a string or a list of strings."),
+]  # fmt: skip
 
 BAD_COMPLETIONS = [
     ({"prompt": None}, "prompt"),
@@ -188,11 +225,43 @@ def test_bad_parameters_are_named(tmp_path):
             assert_error(answer, 400, param=param)
         for change, param in BAD_COMPLETIONS:
             assert_error(await world.a.post("/v1/completions", json={**COMPLETION, **change}), 400, param=param)
+        for path, body, param in BAD_TOKENIZE:
+            assert_error(await world.a.post(path, json=body), 400, param=param)
+            missing = {"prompt": "a", "tokens": [5], "model": "nobodys"}
+            assert_error(await world.a.post(path, json=missing), 404, "model_not_found", "model")
+        for change, told in TOLD:
+            answer = await world.a.post("/v1/chat/completions", json={**CHAT, **change})
+            assert assert_error(answer, 400)["message"] == told
         for change in UNSUPPORTED:
             for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)):
                 answer = await world.a.post(path, json={**body, **change})
                 assert_error(answer, 400, "unsupported_value", next(iter(change)))
         assert not world.engine.of(Generate)
+
+    in_world(tmp_path, scenario)
+
+
+def test_null_is_the_default_everywhere(tmp_path):
+    async def scenario(world):
+        nothing = dict.fromkeys(("add_special_tokens", "add_generation_prompt", "return_token_strs", "model"))
+        assert (await world.a.post("/tokenize", json={"prompt": "hi", **nothing})).status_code == 200
+        answer = await world.a.post(
+            "/v1/completions", json={**COMPLETION, "n": 65, "stream_options": {"include_usage": None}}
+        )
+        assert_error(answer, 400, param="n")
+
+    in_world(tmp_path, scenario)
+
+
+def test_what_the_framework_answers_in_plain_text_is_the_error_object_too(tmp_path):
+    async def scenario(world):
+        url = f"/v1/files/{await world.upload()}/content"
+        assert (await world.a.get(url, headers={"range": "bytes=0-3"})).status_code == 206
+        beyond = await world.a.get(url, headers={"range": "bytes=99999999-"})
+        assert_error(beyond, 416, "range_not_satisfiable")
+        assert beyond.headers["content-range"].startswith("bytes */")
+        for given in ("bytes=x", "bytes", "items=0-1", "bytes=5-2"):
+            assert_error(await world.a.get(url, headers={"range": given}), 400)
 
     in_world(tmp_path, scenario)
 

@@ -79,6 +79,12 @@ def test_every_fault_names_its_line_and_the_first_twenty_are_shown(prepare):
     assert "Line 2, field text: not a string." in message and message.endswith("… and 21 more.")
 
 
+def test_a_key_that_stands_twice_is_a_fault_not_a_guess(prepare):
+    report, _ = prepare(lines({"text": "good"}) + '{"text": "a", "text": "b"}\n{"x": {"\\ud800": 1, "\\ud800": 2}}\n')
+    assert [(fault.line, fault.field) for fault in report.faults] == [(2, "text"), (3, "\\ud800")]
+    assert "twice" in report.error_message()
+
+
 @pytest.mark.parametrize("content", ["", "\n", " \n\t\n\r\n", "\ufeff", "\ufeff\n"])
 def test_files_without_rows(prepare, content):
     report, _ = prepare(content)

@@ -163,12 +163,14 @@ def test_malformed_http_and_too_many_connections_get_json(tmp_path):
             reply = (await client.reader.read()).decode()
             assert reply.startswith("HTTP/1.1 400")
             assert json.loads(reply.split("\r\n\r\n")[1])["error"]["code"] == "invalid_http"
+            assert "\r\nx-request-id: req_" in reply
             held = [await RawClient.open(port) for _ in range(2)]
             await asyncio.sleep(0.05)
             third = await RawClient.open(port)
             reply = (await third.reader.read()).decode()
             assert reply.startswith("HTTP/1.1 503")
             assert json.loads(reply.split("\r\n\r\n")[1])["error"]["code"] == "engine_unavailable"
+            assert "\r\nx-request-id: req_" in reply
             held[0].post(world, "/v1/chat/completions", {"model": "x"})
             assert "400" in await held[0].head()
             for one in held:

@@ -36,7 +36,7 @@ class IterationLog:
         self.counters: dict[str, float] = {f'coserve_step_tokens_total{{kind="{kind}"}}': 0.0 for kind in KINDS}
         self.counters |= dict.fromkeys(
             ("coserve_iterations_total", "coserve_iterations_with_streams_total", "coserve_iterations_in_slo_total",
-             "coserve_preemptions_total", "coserve_busy_seconds_total"), 0.0,
+             "coserve_preemptions_total", "coserve_recomputed_tokens_total", "coserve_busy_seconds_total"), 0.0,
         )  # fmt: skip
         self._itl: list[tuple[str, float]] = []
         self._ttft: list[tuple[str, float]] = []

@@ -61,7 +61,8 @@ class Engine:
         started, clock = time.time(), time.perf_counter()
         outcome = self._runner.run(plan, self._trainer.sweeps)
         seconds = time.perf_counter() - clock
-        self._scheduler.observe(plan, state, seconds, outcome.parts)
+        if not outcome.disturbed:
+            self._scheduler.observe(plan, state, seconds, outcome.parts)
         self._iterations.record(
             outcome.work, started_at=started, predicted=plan.predicted_seconds, measured=seconds,
             budget=plan.budget_seconds, streams=bool(plan.decodes),
@@ -96,13 +97,13 @@ class Engine:
         for prefill in plan.prefills:
             request = self._requests.get(prefill.request_id)
             if request is not None:
-                self._requests.admit(request)
+                self._iterations.counters["coserve_recomputed_tokens_total"] += self._requests.admit(request)
                 if request.message.adapter is not None and not request.acquired:
                     self._adapters.acquire(request.message.adapter)
                     request.acquired = True
 
     def _deliver(self, outcome: Outcome) -> None:
-        """Tokens out. Latencies are sampled here, where a token leaves the engine."""
+        """Tokens out, and what failed. Latencies are sampled here, where a token leaves the engine."""
         now = time.monotonic()
         for request, sampled in outcome.sampled:
             before = request.last_token_at
@@ -115,6 +116,9 @@ class Engine:
             self._socket.send(message)
             if message.finish_reason is not None:
                 self._intake.finish(request)
+        for request_id, fault in outcome.failed.items():
+            self._fail(request_id, fault.code, fault.message)
+        self._trainer.lose(outcome.lost)
         self._stats.send_if_due()
 
     def _fail(self, request_id: str, code: str, message: str) -> None:

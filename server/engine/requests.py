@@ -26,7 +26,9 @@ class Request:
     row: SamplingRow
     blocks: SequenceBlocks | None = None  # None: waiting
     cached_tokens: int | None = None  # prompt tokens that came from the prefix cache at first admission
+    lost: int = 0  # tokens whose K/V it had when it was last preempted
     acquired: bool = False  # counts as in flight on its adapter
+    chunk: int | None = None  # most prompt tokens at a time, once memory ran out under more
     first_token_at: float | None = None
     last_token_at: float | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -82,10 +84,13 @@ class RequestBook:
         row = SamplingRow(message.sampling, message.prompt_ids, output)
         self._requests[message.request_id] = Request(message, list(message.prompt_ids), output, row)
 
-    def admit(self, request: Request) -> None:
-        """Waiting -> running: take what the prefix cache has of its tokens. Idempotent."""
+    def admit(self, request: Request) -> int:
+        """Waiting -> running: take what the prefix cache has of its tokens. Idempotent.
+
+        Returns how many tokens will be computed again, because a preemption has lost their K/V.
+        """
         if request.blocks is not None:
-            return
+            return 0
         params = request.message.sampling
         left = params.max_tokens - len(request.output)
         request.blocks = self.blocks.admit(
@@ -94,10 +99,12 @@ class RequestBook:
         )  # fmt: skip
         if request.cached_tokens is None:
             request.cached_tokens = request.blocks.cached_tokens
+        return max(0, request.lost - request.blocks.cached_tokens)
 
     def preempt(self, request: Request) -> None:
         """Running -> waiting, all blocks given back."""
         if request.blocks is not None:
+            request.lost = request.blocks.length
             self.blocks.release(request.blocks)
             request.blocks = None
 

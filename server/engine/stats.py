@@ -1,4 +1,7 @@
-"""The heartbeat: what the engine tells of itself about once a second, also when it is idle."""
+"""The heartbeat: what the engine tells of itself about once a second, also when it is idle.
+
+It comes sooner where blocks were taken or given back, so that /metrics shows free memory as soon as it is there.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from coserve.server.wire.messages import Stats
 from coserve.server.wire.sync import EngineSocket
 
 _EVERY_SECONDS = 1.0
+_CHANGED_SECONDS = 0.2  # between two reports where the sequences or their blocks have changed
 
 
 class StatsClock:
@@ -24,13 +28,17 @@ class StatsClock:
     ) -> None:  # fmt: skip
         self._socket, self._requests, self._trainer = socket, requests, trainer
         self._pool, self._iterations, self._fixed = pool, iterations, fixed
-        self._due = 0.0
+        self._sent = -_EVERY_SECONDS
+        self._told = (0, 0)
 
     def send_if_due(self) -> None:
         now = time.monotonic()
-        if now < self._due or not self._socket.connected:
+        if now < self._sent + _CHANGED_SECONDS or not self._socket.connected:
             return
-        self._due = now + _EVERY_SECONDS
+        holdings = (len(self._requests), self._requests.blocks.free_blocks)
+        if holdings == self._told and now < self._sent + _EVERY_SECONDS:
+            return
+        self._sent, self._told = now, holdings
         itl, ttft = self._iterations.take_samples()
         self._socket.send(Stats(now, dict(self._iterations.counters), self._gauges(), itl, ttft))
 

@@ -122,13 +122,20 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far. A prompt with n choices counts once; so do the tokens it found in the cache."""
+        """Tokens so far. A prompt with n choices counts once, and so do the tokens it found in the cache; it runs for
+        each choice, less what that choice found.
+        """
         first_choices = [choice for choice in self.choices if choice.index % self.request.n == 0]
         return Usage(
             request_id=self.request.id,
             model=self.request.model,
             prompt_tokens=sum(len(prompt) for prompt in self.request.prompts),
             cached_tokens=sum(choice.cached_tokens for choice in first_choices),
+            computed_tokens=sum(
+                len(self.request.prompts[choice.index // self.request.n]) - choice.cached_tokens
+                for choice in self.choices
+                if choice.index not in self._waiting
+            ),
             completion_tokens=sum(choice.completion_tokens for choice in self.choices),
         )
 

@@ -157,6 +157,8 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE UNIQUE INDEX submission_keys ON submissions(tenant, key) WHERE key IS NOT NULL;
     CREATE INDEX submission_bodies ON submissions(tenant, key_id, body_hash, created_at);
     """,
+    # what a prompt cost: with several choices it is neither the prompt nor the prompt less what was cached
+    "ALTER TABLE usage_ledger ADD COLUMN computed_tokens INTEGER NOT NULL DEFAULT 0;",
 )
 
 

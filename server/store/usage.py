@@ -15,6 +15,7 @@ class Usage:
     model: str
     prompt_tokens: int
     cached_tokens: int  # of the prompt tokens, those whose K/V was there already
+    computed_tokens: int  # prompt tokens that were run, for all choices together
     completion_tokens: int
 
 
@@ -37,12 +38,13 @@ class UsageLedger:
 
         def insert(connection: sqlite3.Connection) -> bool:
             changed = connection.execute(
-                "INSERT INTO usage_ledger (request_id, tenant, model, prompt_tokens, cached_tokens, completion_tokens,"
-                " created_at) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO UPDATE SET "
-                "cached_tokens = excluded.cached_tokens, completion_tokens = excluded.completion_tokens "
+                "INSERT INTO usage_ledger (request_id, tenant, model, prompt_tokens, cached_tokens, computed_tokens,"
+                " completion_tokens, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO UPDATE SET "
+                "cached_tokens = excluded.cached_tokens, computed_tokens = excluded.computed_tokens, "
+                "completion_tokens = excluded.completion_tokens "
                 "WHERE excluded.completion_tokens > completion_tokens AND excluded.tenant = tenant",
                 (usage.request_id, tenant, usage.model, usage.prompt_tokens, usage.cached_tokens,
-                 usage.completion_tokens, created_at),
+                 usage.computed_tokens, usage.completion_tokens, created_at),
             )  # fmt: skip
             return changed.rowcount == 1
 
@@ -56,7 +58,12 @@ class UsageLedger:
             if row is None:
                 return None
             return Usage(
-                row["request_id"], row["model"], row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"]
+                row["request_id"],
+                row["model"],
+                row["prompt_tokens"],
+                row["cached_tokens"],
+                row["computed_tokens"],
+                row["completion_tokens"],
             )
 
         return await self._database.read(find)

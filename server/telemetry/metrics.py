@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from coserve.server.telemetry.catalogue import ENGINE_COUNTERS, ENGINE_GAUGES, ITL_BUCKETS, TTFT_BUCKETS
-from coserve.server.wire.messages import EngineReady, Stats
+from coserve.server.wire.messages import EngineReady, Stats, Tokens
 
 if TYPE_CHECKING:
     from coserve.server.gateway.engine_client import EngineClient
@@ -41,7 +41,8 @@ class Metrics:
             registry=self._registry,
         )  # fmt: skip
         self._tokens = Counter(
-            "coserve_generation_tokens", "Tokens of generation requests, by kind: prompt, cached, completion", ["kind"],
+            "coserve_generation_tokens",
+            "Tokens of generation requests, by kind: prompt, cached, computed, completion, sampled", ["kind"],
             registry=self._registry,
         )  # fmt: skip
         self._slo = Counter(
@@ -56,6 +57,8 @@ class Metrics:
     def watch(self, engine: EngineClient) -> None:
         """Follows an engine's reports."""
         engine.subscribe(Stats, self.observe)
+        sampled = self._tokens.labels("sampled")  # of every sequence, whether anybody still reads it or not
+        engine.subscribe(Tokens, lambda tokens: sampled.inc(len(tokens.token_ids)))
         up = Gauge("coserve_engine_up", "1 while an engine is connected and heard of", registry=self._registry)
         up.set_function(lambda: float(engine.ready))
         waiting = Gauge("coserve_gateway_waiting", "Sequences without a first token", registry=self._registry)
@@ -73,6 +76,7 @@ class Metrics:
         usage = generation.usage
         self._tokens.labels("prompt").inc(usage.prompt_tokens)
         self._tokens.labels("cached").inc(usage.cached_tokens)
+        self._tokens.labels("computed").inc(usage.computed_tokens)
         self._tokens.labels("completion").inc(usage.completion_tokens)
         result = "failed" if generation.failed else "completed" if generation.done else "aborted"
         self._requests.labels(result).inc()

@@ -190,7 +190,8 @@ class Iterations:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Sent about once a second, also when idle: the heartbeat, and what /metrics shows of the engine.
+    """Sent about once a second, also when idle, and within 0.2 s of a change of the sequences or of their blocks: the
+    heartbeat, and what /metrics shows of the engine.
 
     `counters` only grow, `gauges` are current values; names are those of the metric catalogue
     (server/telemetry), labels are written `name{key="value"}`. `itl` and `ttft` are the raw

@@ -118,11 +118,11 @@ def test_files_can_be_deleted_while_paging(store):
 
 
 def test_the_ledger_counts_a_request_once(store, clock):
-    usage = Usage("req-1", "m", prompt_tokens=10, cached_tokens=4, completion_tokens=3)
+    usage = Usage("req-1", "m", prompt_tokens=10, cached_tokens=4, computed_tokens=6, completion_tokens=3)
     assert asyncio.run(store.usage.record(store.a, usage))
     assert not asyncio.run(store.usage.record(store.a, usage))
     clock.now += 10
-    assert asyncio.run(store.usage.record(store.a, Usage("req-2", "m", 1, 0, 1)))
+    assert asyncio.run(store.usage.record(store.a, Usage("req-2", "m", 1, 0, 1, 1)))
     assert asyncio.run(store.usage.totals(store.a)) == UsageTotals(2, 11, 4, 4)
     assert asyncio.run(store.usage.totals(store.a, since=int(clock.now))) == UsageTotals(1, 1, 0, 1)
     assert asyncio.run(store.usage.totals(store.a, until=int(clock.now))) == UsageTotals(1, 10, 4, 3)

@@ -60,7 +60,7 @@ def populate(store, tenant):
         checkpoint = NewCheckpoint(1, "ft:m:o::j:ckpt-step-1", "b" * 64, "jobs/j/1")
         await store.progress.apply(tenant, job.id, 1, JobEffects(checkpoint=checkpoint))
         adapter, _ = await store.adapters.publish(tenant, "mine", VERSION)
-        await store.usage.record(tenant, Usage("req-1", "m", 1, 0, 1))
+        await store.usage.record(tenant, Usage("req-1", "m", 1, 0, 1, 1))
         return {"key": key.id, "file": file.id, "job": job.id, "adapter": adapter.id}
 
     return asyncio.run(fill())

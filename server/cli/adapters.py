@@ -6,12 +6,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 from typing import IO
-from urllib.parse import quote
 
 import click
 
 from coserve.server.cli.output import show_json, show_table, size
-from coserve.server.cli.remote import Remote
+from coserve.server.cli.remote import Remote, path_part
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -31,10 +30,17 @@ def list_adapters(as_json: bool) -> None:
         show_json(adapters)
         return
     rows = [
-        (a["id"], a["name"], a.get("version"), a.get("rank"), size(a["bytes"]) if a.get("bytes") else None)
+        (
+            a["id"],
+            a["name"],
+            a.get("version"),
+            a.get("rank"),
+            size(a["bytes"]) if a.get("bytes") else None,
+            a.get("fine_tuned_model"),
+        )
         for a in adapters
     ]
-    show_table(("id", "name", "version", "rank", "size"), rows, "no adapters: train or upload one")
+    show_table(("id", "name", "version", "rank", "size", "model"), rows, "no adapters: train or upload one")
 
 
 @command.command("upload")
@@ -66,7 +72,7 @@ def download(adapter: str, output: Path | None) -> None:
     if target.exists():
         raise click.UsageError(f"{target} exists: give another folder with --output")
     with tempfile.TemporaryFile() as archive:
-        Remote().download(f"/adapters/{quote(adapter)}/download", archive)
+        Remote().download(f"/adapters/{path_part(adapter)}/download", archive)
         archive.seek(0)
         unpack(archive, target)
     click.echo(str(target))
@@ -76,7 +82,7 @@ def download(adapter: str, output: Path | None) -> None:
 @click.argument("adapter", metavar="ADAPTER")
 def delete(adapter: str) -> None:
     """Delete ADAPTER, all its versions; requests that run on it end well."""
-    Remote().delete(f"/adapters/{quote(adapter)}")
+    Remote().delete(f"/adapters/{path_part(adapter)}")
     click.echo(f"{adapter}: deleted")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from coserve.server.cli.numbers import FINITE
 from coserve.server.cli.output import plain
 from coserve.server.cli.remote import Remote, RemoteError
 
@@ -17,8 +18,8 @@ from coserve.server.cli.remote import Remote, RemoteError
 @click.option("--model", "-m", help="A base model, adapter or finetuned model. [the server's base model]")
 @click.option("--system", "-s", help="System message.")
 @click.option("--max-tokens", type=int, metavar="N")
-@click.option("--temperature", type=float, metavar="X")
-@click.option("--top-p", type=float, metavar="X")
+@click.option("--temperature", type=FINITE, metavar="X")
+@click.option("--top-p", type=FINITE, metavar="X")
 @click.option("--seed", type=int, metavar="N")
 def command(prompt: tuple[str, ...], model: str | None, system: str | None, **sampling: Any) -> None:
     """Ask PROMPT and print the answer; without one, read it from a pipe, or talk in the terminal.
@@ -29,13 +30,20 @@ def command(prompt: tuple[str, ...], model: str | None, system: str | None, **sa
     talk = _Talk(remote, model or remote.default_model(), system, sampling)
     text = " ".join(prompt)
     if not text and not sys.stdin.isatty():
-        text = sys.stdin.read().strip()
+        text = _piped()
         if not text:
             raise click.UsageError("nothing to ask: give a PROMPT")
     if text:
         talk.ask(text)
         return
     _converse(talk)
+
+
+def _piped() -> str:
+    try:
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError:
+        raise RemoteError("the piped text is not UTF-8: convert it, for instance with iconv") from None
 
 
 def _converse(talk: _Talk) -> None:
@@ -48,6 +56,9 @@ def _converse(talk: _Talk) -> None:
         except (EOFError, KeyboardInterrupt):
             click.echo(err=True)
             return
+        except UnicodeDecodeError:
+            click.echo("that was not UTF-8; say it again", err=True)
+            continue
         if text in ("/exit", "/quit"):
             return
         if text == "/new":

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from coserve.server.cli.numbers import FINITE
+
+if TYPE_CHECKING:
+    from coserve.server.cli.remote import Remote
 
 _FILE = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 
@@ -42,15 +49,15 @@ _FIELDS = {
 @click.option("--epochs", type=int, metavar="N", help="[3]")
 @click.option("--batch-size", type=int, metavar="N", help="[8]")
 @click.option("--accumulation", type=int, metavar="N", help="Batches a step. [1]")
-@click.option("--learning-rate", "--lr", type=float, metavar="X")
+@click.option("--learning-rate", "--lr", type=FINITE, metavar="X")
 @click.option("--scheduler", type=click.Choice(["cosine", "linear", "constant"]), help="Of the learning rate.")
 @click.option("--warmup-steps", type=int, metavar="N")
-@click.option("--weight-decay", type=float, metavar="X")
+@click.option("--weight-decay", type=FINITE, metavar="X")
 @click.option("--max-steps", type=int, metavar="N", help="End after so many steps.")
 @click.option("--max-length", type=int, metavar="N", help="Cut longer rows instead of refusing the file.")
 @click.option("--rank", type=int, metavar="R", help="Of the LoRA adapter. [16]")
-@click.option("--alpha", type=float, metavar="X", help="Of the LoRA adapter. [32]")
-@click.option("--dropout", type=float, metavar="X", help="Of the LoRA adapter. [0]")
+@click.option("--alpha", type=FINITE, metavar="X", help="Of the LoRA adapter. [32]")
+@click.option("--dropout", type=FINITE, metavar="X", help="Of the LoRA adapter. [0]")
 @click.option("--target", "targets", multiple=True, metavar="MODULE", help="Module to adapt; repeat. [all linear]")
 @click.option("--init", metavar="adapter:ID", help="Start from an adapter of yours.")
 @click.option("--loss-on", type=click.Choice(["assistant", "completion", "all"]), help="Tokens that bear loss.")
@@ -79,10 +86,7 @@ def command(
 
     remote = Remote()
     body = job_request(model or remote.default_model(), options)
-    body["training_file"] = _upload(remote, file)
-    if validation is not None:
-        body["validation_file"] = _upload(remote, validation)
-    job = remote.post("/fine_tuning/jobs", body, headers={"idempotency-key": str(uuid.uuid4())})
+    job = _create(remote, body, {"training_file": file, "validation_file": validation})
     if as_json:
         show_json(job)
     else:
@@ -116,6 +120,21 @@ def job_request(model: str, options: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-def _upload(remote: Any, path: Path) -> str:
+def _create(remote: Remote, body: dict[str, Any], files: Mapping[str, Path | None]) -> dict[str, Any]:
+    """Uploads the files and creates the job; a job that is refused leaves no file behind."""
+    from coserve.server.cli.remote import RemoteError, path_part
+
+    uploaded = {name: _upload(remote, path) for name, path in files.items() if path is not None}
+    try:
+        return remote.post("/fine_tuning/jobs", body | uploaded, headers={"idempotency-key": str(uuid.uuid4())})
+    except RemoteError as error:
+        if error.refused:
+            for file_id in uploaded.values():
+                with contextlib.suppress(RemoteError):
+                    remote.delete(f"/files/{path_part(file_id)}")
+        raise
+
+
+def _upload(remote: Remote, path: Path) -> str:
     with path.open("rb") as file:
         return str(remote.upload("/files", {"purpose": "fine-tune"}, path.name, file)["id"])

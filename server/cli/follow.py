@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import quote
 
 import click
 
 from coserve.server.cli.output import duration, plain
-from coserve.server.cli.remote import Remote, RemoteError
+from coserve.server.cli.remote import Remote, RemoteError, path_part
 
 ENDED = frozenset({"succeeded", "failed", "cancelled"})
 _POLL_SECONDS = 1.0
@@ -78,10 +77,11 @@ def report_end(job: dict[str, Any]) -> int:
 def progress_of(job: dict[str, Any]) -> Progress:
     values = job.get("progress") or {}
     status = str(job["status"])
-    if status == "queued" and values.get("queue_position"):
-        status += f" (number {values['queue_position']})"
+    notes = [f"number {values['queue_position']}"] if status == "queued" and values.get("queue_position") else []
     if values.get("reason"):
-        status += f" ({plain(str(values['reason']))})"
+        notes.append(plain(str(values["reason"])))
+    if notes:
+        status += f" ({', '.join(notes)})"
     return Progress(
         int(values.get("step") or 0), int(values.get("total_steps") or 0), values.get("loss"),
         values.get("tokens_per_second"), values.get("eta_seconds"), status,
@@ -93,7 +93,7 @@ def _until_ended(remote: Remote, job_id: str, view: View) -> dict[str, Any]:
     silent_since: float | None = None
     while True:
         try:
-            job = remote.get(f"/fine_tuning/jobs/{quote(job_id)}")
+            job = remote.get(f"/fine_tuning/jobs/{path_part(job_id)}")
             events = list(new_events(remote, job_id, seen))
             silent_since = None
         except RemoteError as error:
@@ -123,7 +123,7 @@ def new_events(remote: Remote, job_id: str, seen: str | None) -> Iterator[dict[s
     found: list[dict[str, Any]] = []
     after = None
     while True:
-        page = remote.get(f"/fine_tuning/jobs/{quote(job_id)}/events", after=after, limit=100)
+        page = remote.get(f"/fine_tuning/jobs/{path_part(job_id)}/events", after=after, limit=100)
         for event in page["data"]:
             if event["id"] == seen:
                 return reversed(found)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from typing import Any
-from urllib.parse import quote
 
 import click
 
 from coserve.server.cli.output import show_fields, show_json, show_table, when
-from coserve.server.cli.remote import Remote
+from coserve.server.cli.remote import Remote, path_part
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _JOB = click.argument("job_id", metavar="JOB")
@@ -38,7 +37,7 @@ def list_jobs(limit: int, as_json: bool) -> None:
 @_JSON
 def show(job_id: str, as_json: bool) -> None:
     """One job: status, progress, loss, result, error."""
-    _show(Remote().get(f"/fine_tuning/jobs/{quote(job_id)}"), as_json)
+    _show(Remote().get(f"/fine_tuning/jobs/{path_part(job_id)}"), as_json)
 
 
 @command.command("follow")
@@ -56,7 +55,7 @@ def follow(job_id: str) -> None:
 @_JSON
 def events(job_id: str, limit: int, as_json: bool) -> None:
     """What happened, newest first."""
-    found = Remote().pages(f"/fine_tuning/jobs/{quote(job_id)}/events", limit)
+    found = Remote().pages(f"/fine_tuning/jobs/{path_part(job_id)}/events", limit)
     if as_json:
         show_json(found)
         return
@@ -69,7 +68,7 @@ def events(job_id: str, limit: int, as_json: bool) -> None:
 @_JSON
 def checkpoints(job_id: str, as_json: bool) -> None:
     """Checkpoints that can be asked as models, also while the job runs."""
-    found = Remote().pages(f"/fine_tuning/jobs/{quote(job_id)}/checkpoints")
+    found = Remote().pages(f"/fine_tuning/jobs/{path_part(job_id)}/checkpoints")
     if as_json:
         show_json(found)
         return
@@ -82,7 +81,7 @@ def _action(name: str, text: str) -> None:
     @_JOB
     @_JSON
     def act(job_id: str, as_json: bool) -> None:
-        job = Remote().post(f"/fine_tuning/jobs/{quote(job_id)}/{name}")
+        job = Remote().post(f"/fine_tuning/jobs/{path_part(job_id)}/{name}")
         if as_json:
             show_json(job)
             return
@@ -109,7 +108,7 @@ def _show(job: dict[str, Any], as_json: bool) -> None:
             ("base model", job["model"]),
             ("finetuned model", job["fine_tuned_model"]),
             ("steps", _steps(job)),
-            ("loss", progress.get("loss")),
+            ("loss", None if progress.get("loss") is None else f"{progress['loss']:.4f}"),
             ("tokens/s", progress.get("tokens_per_second")),
             ("trained tokens", job.get("trained_tokens")),
             ("training file", job["training_file"]),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote
-
 import click
 
 from coserve.server.cli.output import show_json, show_table, when
-from coserve.server.cli.remote import Remote
+from coserve.server.cli.remote import Remote, path_part
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _PATH = "/organization/api_keys"
@@ -48,5 +46,5 @@ def list_keys(as_json: bool) -> None:
 @click.argument("key_id", metavar="KEY")
 def delete(key_id: str) -> None:
     """Revoke a key; it stops working at once."""
-    Remote().delete(f"{_PATH}/{quote(key_id)}")
+    Remote().delete(f"{_PATH}/{path_part(key_id)}")
     click.echo(f"{key_id}: deleted")

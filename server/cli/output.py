@@ -29,7 +29,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     for number, row in enumerate([list(columns), *cells]):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        click.secho(line, bold=number == 0)
+        click.secho(line, bold=True if number == 0 else None)
 
 
 def show_fields(fields: Sequence[tuple[str, Any]]) -> None:

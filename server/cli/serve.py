@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from coserve.server.cli.numbers import FINITE
+
 
 @click.command("serve")
 @click.option("--model", metavar="PATH_OR_ID", help="Folder of a transformers decoder, or a hub id.")
@@ -19,14 +21,14 @@ import click
 @click.option("--max-model-len", type=int, metavar="N", help="Longest context, in tokens. [the model's]")
 @click.option("--kv-memory", metavar="BYTES", help="For keys and values, as 512MiB or 4GB. [1GiB on a CPU]")
 @click.option("--adapter-memory", metavar="BYTES", help="For adapters on the device. [256MiB on a CPU]")
-@click.option("--slo-ttft-ms", type=float, metavar="N", help="Promise for the first token. [auto]")
-@click.option("--slo-itl-ms", type=float, metavar="N", help="Promise between two tokens. [auto]")
+@click.option("--slo-ttft-ms", type=FINITE, metavar="N", help="Promise for the first token. [auto]")
+@click.option("--slo-itl-ms", type=FINITE, metavar="N", help="Promise between two tokens. [auto]")
 @click.option("--train-window", type=int, metavar="N", help="Most tokens of a training window. [auto]")
 @click.option("--activations", type=click.Choice(["auto", "save", "recompute"]), help="Kept for the backward. [auto]")
 @click.option("--threads", type=int, metavar="N", help="CPU threads of the engine. [all cores]")
 @click.option("--served-model-name", metavar="NAME", help="The base model's id. [last part of --model]")
 @click.option("--max-running", type=int, metavar="N", help="Sequences that run at once. [64 on a CPU]")
-@click.option("--grace-seconds", type=float, metavar="N", help="How long a shutdown may take. [30]")
+@click.option("--grace-seconds", type=FINITE, metavar="N", help="How long a shutdown may take. [30]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[info]")
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file of settings; options here win over it.")
 def command(config: Path | None, **options: Any) -> None:

@@ -203,17 +203,23 @@ class JobService:
     async def all_shown(self, jobs: Sequence[Job]) -> list[Job]:
         """`shown` for each."""
         places: dict[str, int] = {}
+        free = 0
         if any(job.status == QUEUED for job in jobs):
-            queue = await self._store.jobs.all_with_status_for_recovery((QUEUED,))
-            places = {job.id: place for place, job in enumerate(queue, start=1)}
-        return [replace(job, progress={**job.progress, **self._moment(job, places)}) for job in jobs]
+            known = await self._store.jobs.all_with_status_for_recovery((QUEUED, RUNNING))
+            queue = [job.id for job in known if job.status == QUEUED]
+            places = {job_id: place for place, job_id in enumerate(queue, start=1)}
+            free = self._most_running - (len(known) - len(queue))
+        return [replace(job, progress={**job.progress, **self._moment(job, places, free)}) for job in jobs]
 
-    def _moment(self, job: Job, places: Mapping[str, int]) -> dict[str, Any]:
+    def _moment(self, job: Job, places: Mapping[str, int], free: int) -> dict[str, Any]:
         if job.status == QUEUED:
-            reason = "waiting for the engine"
-            if self._engine.engine is not None:
-                reason = f"waiting for a slot: at most {self._most_running} jobs run at once"
-            return {"queue_position": places.get(job.id), "reason": reason}
+            place = places.get(job.id)
+            reason = f"waiting for a slot: at most {self._most_running} jobs run at once"
+            if self._engine.engine is None:
+                reason = "waiting for the engine"
+            elif place is None or place <= free:
+                reason = "starting"
+            return {"queue_position": place, "reason": reason}
         if job.status == VALIDATING and self._engine.known is None:
             return {"reason": "waiting for the engine"}
         return {"reason": "pausing"} if job.status == RUNNING and job.requested == "pause" else {}

@@ -96,8 +96,11 @@ def test_a_bad_file_fails_with_its_line_and_exit_code_1(server, tmp_path):
     done = server.cli("finetune", str(bad), "--follow")
     assert done.returncode == 1
     assert "failed" in done.stderr and "2" in done.stderr, done.stderr
-    typo = server.cli("finetune", str(bad), "--epochs", "999")
-    assert typo.returncode == 1 and "n_epochs" in typo.stderr
+    with server.http() as http:
+        before = http.get("/v1/files").json()["data"]
+        typo = server.cli("finetune", str(bad), "--validation", str(bad), "--epochs", "999")
+        assert typo.returncode == 1 and "n_epochs" in typo.stderr and typo.stderr.count("\n") == 1
+        assert http.get("/v1/files").json()["data"] == before, "a job that is refused leaves no file"
 
 
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(server, rows):
@@ -174,7 +177,9 @@ def test_in_a_terminal_there_is_a_bar_and_ids_stay_whole(server, rows):
     model = re.search(r"New fine-tuned model created: (ft:tiny-base:\w+:m:\w+)\r\n", out)[1]
     assert f"ask it:    coserve chat --model {model}" in out
     _, listed = in_terminal(server, "jobs", "list")
-    assert model in listed and "id" in listed.splitlines()[0]
+    head, *lines = listed.splitlines()
+    assert model in listed and "id" in head
+    assert not any("\x1b" in line.removesuffix("\x1b[0m") for line in lines), "only the head is bold"
 
 
 def test_a_conversation_in_a_terminal(server):

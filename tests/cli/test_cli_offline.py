@@ -78,6 +78,12 @@ def test_serve_has_every_option_of_the_readme():
         (["serve", "--model", "x", "--config", "/none.toml"], "/none.toml"),
         (["finetune", "/none.jsonl"], "/none.jsonl"),
         (["adapters", "download", "x", "--output", "/tmp"], "--output"),
+        (["adapters", "delete", ".."], "no id or name"),
+        (["jobs", "show", ""], "no id or name"),
+        (["jobs", "show", "\udcff"], "UTF-8"),
+        (["chat", "-m", "x", "--temperature", "nan", "hi"], "--temperature"),
+        (["finetune", __file__, "--lr", "inf"], "--lr"),
+        (["serve", "--model", "x", "--slo-itl-ms", "nan"], "--slo-itl-ms"),
     ],
 )
 def test_usage_errors_exit_2_and_name_the_remedy(arguments, says):
@@ -102,6 +108,50 @@ def test_no_server_is_one_line_with_the_remedy(arguments):
     done = run(*arguments)
     assert done.exit_code == 1
     assert done.output.count("\n") == 1 and "coserve serve" in done.output and "COSERVE_BASE_URL" in done.output
+
+
+def test_text_that_is_no_unicode_is_one_line():
+    for done in (run("chat", "-m", "x", "caf\udce9"), pipe(b"caf\xe9", "chat", "-m", "x")):
+        assert done.exit_code == 1 and done.output.count("\n") == 1 and "UTF-8" in done.output, done.output
+
+
+def pipe(content: bytes, *arguments: str):
+    return CliRunner().invoke(main, arguments, input=content, env={"COSERVE_BASE_URL": "http://127.0.0.1:9"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"COSERVE_API_KEY": "sk-cs-a\nsecret"}, "copy the key again"),
+        ({"COSERVE_API_KEY": "sk-cs-secret\u00e9"}, "copy the key again"),
+        ({"COSERVE_BASE_URL": "http://[::"}, "COSERVE_BASE_URL"),
+        ({"COSERVE_BASE_URL": "nonsense"}, "COSERVE_BASE_URL"),
+    ],
+)
+def test_variables_that_cannot_be_used_are_one_line_and_no_key_is_shown(variables, says):
+    done = run("models", **variables)
+    assert done.exit_code == 1 and done.output.count("\n") == 1
+    assert says in done.output and "secret" not in done.output
+
+
+@pytest.mark.parametrize("answer", ["[1]", '{"x": 1}', '{"data": [{"x": 1}]}', "null", "7"])
+def test_json_of_another_kind_of_server_is_said_so(answer):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for arguments in (["models"], ["jobs", "list"], ["jobs", "show", "x"], ["chat", "hi"], ["keys", "list"]):
+            done = run(*arguments, COSERVE_BASE_URL=f"http://127.0.0.1:{server.server_port}")
+            assert done.exit_code == 1 and "is it a coserve server?" in done.output, done.output
+            assert done.output.count("\n") == 1
+        server.shutdown()
 
 
 def test_a_server_that_is_something_else_is_said_so():
@@ -154,6 +204,8 @@ def test_progress_reads_a_job_at_every_stage():
     assert queued.text == "queued (number 2)" and queued.total == 0
     running = Progress(5, 10, 0.51234, 812.4, 125.0, "running")
     assert running.text == "running  loss 0.5123  812 tokens/s  ETA 2m05s"
+    slot = progress_of({"status": "queued", "progress": {"queue_position": 2, "reason": "waiting for a slot"}})
+    assert slot.text == "queued (number 2, waiting for a slot)"
     assert progress_of({"status": "paused", "progress": {"reason": "storage_full"}}).text == "paused (storage_full)"
 
 

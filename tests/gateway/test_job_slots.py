@@ -20,6 +20,7 @@ def test_slots_are_handed_out_first_come_first_served(tmp_path):
         assert [job["status"] for job in waiting[2:]] == ["queued"] * 3
         assert places == sorted(places) and places[0] < places[1] < places[2]
         assert "at most 2" in waiting[4]["progress"]["reason"]
+        assert [job["progress"]["reason"] for job in waiting[:2]] == ["starting"] * 2
         for job_id in jobs[:2]:
             world.engine.tell(job_id, "started", "Fine-tuning job started", total_steps=1)
         world.engine.finish(jobs[1], 1)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from coserve.kernels.lora import PageTable
 from coserve.server.engine.kv_cache import BlockAllocator
 
 
@@ -213,6 +214,42 @@ class AdapterPool:
 
     def sites(self, key: str) -> list[str]:
         return list(self._residents[key].sites)
+
+    def page_table(self, keys: Sequence[str], sites: Sequence[str]) -> PageTable:
+        """Where resident adapters `keys` lie at `sites`, for kernels that read the pages in place.
+
+        Adapter number i of the table is keys[i]; an adapter without a term at a site has rank 0 there. Valid
+        while they all stay: hold them in flight or pinned.
+
+        Raises:
+            ValueError: two adapters disagree about a site's widths.
+        """
+        stored = [[self._residents[key].sites.get(site) for key in keys] for site in sites]
+        numbers: list[int] = []
+        index: list[int] = []  # rank, A's list, B's list, ranks before: 4 a site and adapter
+        widths = []
+        for site, row in zip(sites, stored, strict=True):
+            before = 0
+            for entry in row:
+                rank = entry[0].rows if entry else 0
+                index += (rank, len(numbers), len(numbers) + (len(entry[0].pages) if entry else 0), before)
+                numbers += (*entry[0].pages, *entry[1].pages) if entry else ()
+                before += rank
+            found = {(entry[0].width, entry[1].width) for entry in row if entry}
+            if len(found) > 1:
+                raise ValueError(f"{site}: adapters of different widths (in, out): {sorted(found)}")
+            widths.append(found.pop() if found else (0, 0))
+        device, shape = self._flat.device, (len(sites), len(keys))
+        ints = torch.tensor(index + numbers, dtype=torch.int32).to(device, non_blocking=True)
+        scaling = torch.tensor([entry[2] if entry else 0.0 for row in stored for entry in row], dtype=torch.float32)
+        return PageTable(
+            self._flat, self.page_elements,
+            numbers=ints[len(index) :],
+            index=ints[: len(index)].view(*shape, 4),
+            scaling=scaling.view(shape).to(device, non_blocking=True),
+            ranks=tuple(tuple(entry[0].rows if entry else 0 for entry in row) for row in stored),
+            widths=tuple(widths),
+        )  # fmt: skip
 
     def overwrite(self, key: str, site: str, a: Tensor, b: Tensor) -> None:
         """New values for a training copy, of the shapes it was loaded with."""

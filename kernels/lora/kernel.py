@@ -1,0 +1,290 @@
+"""Three Triton kernels that do all of paged LoRA: shrink, expand, and the weight gradients with their reduce.
+
+Forward y += s (x Aᵀ) B is shrink by A and expand by B; the gradient dx += s (dy Bᵀ) A is shrink by B and expand
+by A; dA = s (dy Bᵀ)ᵀ x and dB = s (x Aᵀ)ᵀ dy are one kernel with the sides exchanged. A and B are read where they
+lie, in the pool's pages, at each adapter's own rank. Sums are float32; every sum has one order, fixed by the
+shapes alone: pieces of a long sum are written apart and added by whoever reads them, never by atomics.
+
+Launchers take buffers from their caller and check nothing but what they choose themselves; see `function.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from coserve.kernels.lora.pages import A, SitePages
+from coserve.kernels.lora.routing import Routing
+
+_MOST_SPLITS = 8
+_PROGRAMS = 128  # a Hopper card has 132 multiprocessors: with fewer programs than that, a long sum is split
+_BLOCK_K = 128
+_BLOCK_N = 128
+
+# ---------------------------------------------------------------------- device functions
+
+
+@triton.jit
+def _rank_rows(
+    flat, numbers, first, r, rank, column, width, page_elements, BLOCK: tl.constexpr, IN_ROW: tl.constexpr
+):  # fmt: skip
+    """Rank rows r [R], columns [column, column + BLOCK), of the tensor whose page list begins at `first`.
+
+    Zero beyond rank and width. IN_ROW: BLOCK divides width and page, so a page never ends inside a row of the
+    tile and one look-up a row is enough.
+    """
+    columns = column + tl.arange(0, BLOCK)
+    inside = (r < rank)[:, None] & (columns < width)[None, :]
+    if IN_ROW:
+        at = r * width + column
+        page = tl.load(numbers + first + at // page_elements, mask=at < rank * width, other=0).to(tl.int64)
+        where = (page * page_elements + at % page_elements)[:, None] + tl.arange(0, BLOCK)[None, :]
+    else:
+        at = r[:, None] * width + columns[None, :]
+        page = tl.load(numbers + first + at // page_elements, mask=inside, other=0).to(tl.int64)
+        where = page * page_elements + at % page_elements
+    return tl.load(flat + where, mask=inside, other=0.0)
+
+
+@triton.jit
+def _hidden(hidden, m, r, inside, row_count, max_rank, SPLITS: tl.constexpr):
+    """Rows m, ranks r of one slice's hidden values, the pieces of its sum added first to last."""
+    where = m[:, None] * max_rank + r[None, :]
+    total = tl.load(hidden + where, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(hidden + split * row_count * max_rank + where, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _dot(left, right, total, WIDEN: tl.constexpr):
+    """total + left @ right in float32. The interpreter multiplies bfloat16's bits as integers: WIDEN there."""
+    if WIDEN:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(left, right, total, input_precision="ieee")
+
+
+# ---------------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=["row_count", "adapters", "max_rank"])
+def _shrink(
+    out, x, rows, blocks, flat, numbers, index, spans,
+    x_stride, row_count, adapters, max_rank, page_elements,
+    PART: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    IN_ROW: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """out[slice, split, m, r] = sum over the split's columns k of x[rows[m], k] W[r, k].
+
+    One program: a block of rows, BLOCK_R ranks, one split of one slice.
+    """
+    block = blocks + tl.program_id(0) * 3
+    adapter = tl.load(block)
+    first = tl.load(block + 1)
+    length = tl.load(block + 2)
+    piece = tl.program_id(2)  # slice * SPLITS + split
+    where = index + (piece // SPLITS * adapters + adapter) * 4
+    rank = tl.load(where)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if tl.program_id(1) * BLOCK_R < rank:
+        pages = tl.load(where + PART)
+        offset = tl.load(spans + piece // SPLITS * 2)
+        width = tl.load(spans + piece // SPLITS * 2 + 1)
+        m = tl.arange(0, BLOCK_M)
+        row = tl.load(rows + first + m, mask=m < length, other=0).to(tl.int64)
+        total = tl.full([BLOCK_M, BLOCK_R], 0.0, tl.float32)
+        steps = (width + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
+        start = piece % SPLITS * steps * BLOCK_K
+        for step in range(steps):
+            k = start + step * BLOCK_K + tl.arange(0, BLOCK_K)
+            inside = (m < length)[:, None] & (k < width)[None, :]
+            left = tl.load(x + row[:, None] * x_stride + (offset + k)[None, :], mask=inside, other=0.0)
+            right = _rank_rows(
+                flat, numbers, pages, r, rank, start + step * BLOCK_K, width, page_elements, BLOCK_K, IN_ROW
+            )
+            total = _dot(left, tl.trans(right), total, WIDEN)
+        to = out + (piece.to(tl.int64) * row_count + first + m[:, None]) * max_rank + r[None, :]
+        tl.store(to, total, mask=(m < length)[:, None] & (r < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["row_count", "adapters", "max_rank"])
+def _expand(
+    y, hidden, rows, blocks, flat, numbers, index, scaling, spans,
+    y_stride, row_count, adapters, max_rank, page_elements,
+    PART: tl.constexpr, SLICES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, IN_ROW: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """y[rows[m], offset + n] += sum over slices of s sum over r of hidden[slice, m, r] W[slice, r, n].
+
+    One program: a block of rows and BLOCK_N columns, of slices [z, z + SLICES) that add to the same columns.
+    """
+    block = blocks + tl.program_id(0) * 3
+    adapter = tl.load(block)
+    first = tl.load(block + 1)
+    length = tl.load(block + 2)
+    column = tl.program_id(1) * BLOCK_N
+    n = column + tl.arange(0, BLOCK_N)
+    offset = tl.load(spans + tl.program_id(2) * 2)
+    width = tl.load(spans + tl.program_id(2) * 2 + 1)
+    m = tl.arange(0, BLOCK_M)
+    ranks = 0
+    total = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+    if column < width:
+        for nth in tl.static_range(SLICES):
+            which = tl.program_id(2) + nth
+            where = index + (which * adapters + adapter) * 4
+            rank = tl.load(where)
+            ranks += rank
+            pages = tl.load(where + PART)
+            own = hidden + which.to(tl.int64) * SPLITS * row_count * max_rank
+            part = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+            for r0 in range(0, rank, BLOCK_R):
+                r = r0 + tl.arange(0, BLOCK_R)
+                inside = (m < length)[:, None] & (r < rank)[None, :]
+                left = _hidden(own, first + m, r, inside, row_count, max_rank, SPLITS)
+                right = _rank_rows(flat, numbers, pages, r, rank, column, width, page_elements, BLOCK_N, IN_ROW)
+                part = _dot(left.to(right.dtype), right, part, WIDEN)
+            total += part * tl.load(scaling + which * adapters + adapter)
+        if ranks > 0:
+            row = tl.load(rows + first + m, mask=m < length, other=0).to(tl.int64)
+            inside = (m < length)[:, None] & (n < width)[None, :]
+            to = y + row[:, None] * y_stride + (offset + n)[None, :]
+            total += tl.load(to, mask=inside, other=0.0).to(tl.float32)
+            tl.store(to, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["row_count", "max_rank", "offset", "width"])
+def _weight_grad(
+    out, hidden, right, rows, chunks, index,
+    right_stride, row_count, max_rank, offset, width,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """out[chunk, r, n] = sum over the chunk's rows m of hidden[m, r] right[rows[m], offset + n], for one slice."""
+    chunk = chunks + tl.program_id(0) * 3
+    rank = tl.load(index + tl.load(chunk) * 4)
+    first = tl.load(chunk + 1)
+    length = tl.load(chunk + 2)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if tl.program_id(1) * BLOCK_R < rank:
+        total = tl.full([BLOCK_R, BLOCK_N], 0.0, tl.float32)
+        for m0 in range(0, length, BLOCK_M):
+            m = m0 + tl.arange(0, BLOCK_M)
+            inside = (m < length)[:, None] & (r < rank)[None, :]
+            left = _hidden(hidden, first + m, r, inside, row_count, max_rank, SPLITS)
+            row = tl.load(rows + first + m, mask=m < length, other=0).to(tl.int64)
+            inside = (m < length)[:, None] & (n < width)[None, :]
+            values = tl.load(right + row[:, None] * right_stride + (offset + n)[None, :], mask=inside, other=0.0)
+            total = _dot(tl.trans(left.to(values.dtype)), values, total, WIDEN)
+        to = out + (tl.program_id(0).to(tl.int64) * max_rank + r[:, None]) * width + n[None, :]
+        tl.store(to, total, mask=(r < rank)[:, None] & (n < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["max_rank", "width"])
+def _add_chunks(
+    out, parts, chunk_starts, index, scaling, max_rank, width, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """out[ranks before + r, n] = s * sum over the adapter's chunks, first to last; zero for an adapter with none."""
+    adapter = tl.program_id(0)
+    rank = tl.load(index + adapter * 4)
+    before = tl.load(index + adapter * 4 + 3)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (r < rank)[:, None] & (n < width)[None, :]
+    if tl.program_id(1) * BLOCK_R < rank:
+        total = tl.full([BLOCK_R, BLOCK_N], 0.0, tl.float32)
+        start = tl.load(chunk_starts + adapter)
+        where = parts + (start.to(tl.int64) * max_rank + r[:, None]) * width + n[None, :]
+        for _ in range(start, tl.load(chunk_starts + adapter + 1)):
+            total += tl.load(where, mask=inside, other=0.0)
+            where += max_rank * width
+        total = total * tl.load(scaling + adapter)
+        tl.store(out + (before + r[:, None]).to(tl.int64) * width + n[None, :], total, mask=inside)
+
+
+# ---------------------------------------------------------------------- launchers
+
+_INTERPRETED = not isinstance(_shrink, triton.JITFunction)
+
+
+def splits_for(routing: Routing, pages: SitePages, width: int) -> int:
+    """Pieces of a shrink's sum, from shapes alone: only small batches, whose programs would not fill a card, split."""
+    programs = len(routing.blocks) * pages.slices
+    splits = 1
+    while splits < _MOST_SPLITS and programs * splits < _PROGRAMS and width >= 2 * splits * _BLOCK_K:
+        splits *= 2
+    return splits
+
+
+def hidden_buffer(routing: Routing, pages: SitePages, splits: int) -> Tensor:
+    """[S, splits, N, largest rank] float32, uninitialised: only each row's own ranks are ever written or read."""
+    shape = (pages.slices, splits, len(routing.rows), pages.max_rank)
+    return torch.empty(shape, dtype=torch.float32, device=pages.flat.device)
+
+
+def shrink(out: Tensor, x: Tensor, routing: Routing, pages: SitePages, part: int) -> None:
+    """out [S, splits, N, R] = x[rows] Wᵀ. W is A and x [T, in], or W is B and x [T, sum of out widths]."""
+    widths = (pages.in_width,) if part == A else pages.out_widths
+    splits = out.shape[1]
+    block_r = _block_r(pages.max_rank)
+    grid = (len(routing.blocks), -(-pages.max_rank // block_r), pages.slices * splits)
+    _shrink[grid](
+        out, x, routing.rows, routing.blocks, pages.flat, pages.numbers, pages.index,
+        pages.in_spans if part == A else pages.out_spans,
+        x.stride(0), len(routing.rows), pages.adapters, pages.max_rank, pages.page_elements,
+        PART=part, SPLITS=splits, BLOCK_M=routing.block_rows, BLOCK_R=block_r, BLOCK_K=_BLOCK_K,
+        IN_ROW=_in_row(_BLOCK_K, widths, pages.page_elements), WIDEN=_INTERPRETED,
+    )  # fmt: skip
+
+
+def expand(y: Tensor, hidden: Tensor, routing: Routing, pages: SitePages, part: int) -> None:
+    """y[rows] += s hidden W. W is B: every slice adds to its own columns of y [T, sum of out widths]. W is A: all
+    slices add to y [T, in], in their order."""
+    together = part == A
+    widths = (pages.in_width,) if together else pages.out_widths
+    grid = (len(routing.blocks), -(-max(widths) // _BLOCK_N), 1 if together else pages.slices)
+    _expand[grid](
+        y, hidden, routing.rows, routing.blocks, pages.flat, pages.numbers, pages.index, pages.scaling,
+        pages.in_spans if together else pages.out_spans,
+        y.stride(0), len(routing.rows), pages.adapters, pages.max_rank, pages.page_elements,
+        PART=part, SLICES=pages.slices if together else 1, SPLITS=hidden.shape[1],
+        BLOCK_M=routing.block_rows, BLOCK_R=min(32, _block_r(pages.max_rank)), BLOCK_N=_BLOCK_N,
+        IN_ROW=_in_row(_BLOCK_N, widths, pages.page_elements), WIDEN=_INTERPRETED,
+        # ptxas before 13.3 miscompiles the pipelined form for sm_90 (triton issue 9433).
+        num_stages=1,
+    )  # fmt: skip
+
+
+def weight_grad(
+    out: Tensor, parts: Tensor, hidden: Tensor, right: Tensor, offset: int, routing: Routing, pages: SitePages,
+    slice_number: int,
+) -> None:  # fmt: skip
+    """out [sum of ranks, width] = s hiddenᵀ right[rows, offset : offset + width] of every adapter, for one slice.
+
+    Args:
+        parts: [chunks, largest rank, width] float32 to work in.
+        hidden: [S, splits, N, R] of a shrink; right: [T, offset + width or more].
+    """
+    width, block_r = out.shape[1], min(32, _block_r(pages.max_rank))
+    tiles = (-(-pages.max_rank // block_r), -(-width // _BLOCK_N))
+    index = pages.index[slice_number]
+    _weight_grad[(len(routing.chunks), *tiles)](
+        parts, hidden[slice_number], right, routing.rows, routing.chunks, index,
+        right.stride(0), len(routing.rows), pages.max_rank, offset, width,
+        SPLITS=hidden.shape[1], BLOCK_M=min(64, routing.block_rows), BLOCK_R=block_r, BLOCK_N=_BLOCK_N,
+        WIDEN=_INTERPRETED,
+    )  # fmt: skip
+    _add_chunks[(pages.adapters, *tiles)](
+        out, parts, routing.chunk_starts, index, pages.scaling[slice_number], pages.max_rank, width,
+        BLOCK_R=block_r, BLOCK_N=_BLOCK_N,
+    )  # fmt: skip
+
+
+def _block_r(max_rank: int) -> int:
+    return 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64
+
+
+def _in_row(block: int, widths: tuple[int, ...], page_elements: int) -> bool:
+    return page_elements % block == 0 and all(width % block == 0 for width in widths)

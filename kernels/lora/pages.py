@@ -1,0 +1,136 @@
+"""Where the pairs of a batch's adapters lie in the adapter pool, as tensors that a kernel can follow.
+
+The pool is one flat tensor in pages of equal size. A tensor of rank rows [r, width] lies row-major over a list
+of pages: element e = i * width + j is element e % page_elements of page numbers[first + e // page_elements].
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coserve.kernels.lora.reference import LoraSegment
+from coserve.kernels.lora.routing import Routing
+
+A, B = 1, 2  # columns of SitePages.index that say where the tensor's list of pages begins
+
+
+@dataclass(frozen=True, slots=True)
+class PageTable:
+    """Some adapters at some sites. Valid while none of the adapters leaves the pool."""
+
+    flat: Tensor  # [pages * page_elements], the pool itself
+    page_elements: int
+    numbers: Tensor  # int32 [n]: page lists, one behind another
+    index: Tensor  # int32 [sites, adapters, 4]: rank (0: no term here), A's list, B's list, ranks of those before
+    scaling: Tensor  # float32 [sites, adapters]
+    ranks: tuple[tuple[int, ...], ...]  # [sites][adapters], the host's copy
+    widths: tuple[tuple[int, int], ...]  # (in, out) a site; (0, 0) where no adapter has a term
+
+    def at(self, first: int, count: int = 1) -> SitePages:
+        """Sites [first, first + count), which read one x; their outputs are neighbouring columns of one y."""
+        chosen = slice(first, first + count)
+        widths = self.widths[chosen]
+        inputs = {width for width, out in widths if out}
+        if len(inputs) > 1:
+            raise ValueError(f"sites {first} to {first + count - 1} read inputs of different widths {sorted(inputs)}")
+        if count > 1 and any(out == 0 for _, out in widths):
+            raise ValueError(f"of sites {first} to {first + count - 1} some have no adapter, so no known width")
+        return SitePages(self, self.index[chosen], self.scaling[chosen], self.ranks[chosen], widths)
+
+
+class SitePages:
+    """The pages that one launch reads: one site, or several that share their input (q, k, v; gate, up)."""
+
+    def __init__(
+        self, table: PageTable, index: Tensor, scaling: Tensor, ranks: tuple[tuple[int, ...], ...],
+        widths: tuple[tuple[int, int], ...],
+    ) -> None:  # fmt: skip
+        self.flat, self.page_elements, self.numbers = table.flat, table.page_elements, table.numbers
+        self.index, self.scaling, self.ranks = index, scaling, ranks  # [S, adapters, 4], [S, adapters], host
+        self.slices = len(ranks)
+        self.adapters = len(ranks[0])
+        self.max_rank = max((rank for row in ranks for rank in row), default=0)
+        self.in_width = max(width for width, _ in widths)
+        self.out_widths = tuple(out for _, out in widths)
+        self.out_offsets = tuple(itertools.accumulate(self.out_widths, initial=0))[:-1]
+        # int32 [S, 2]: first column and width of every slice, in x and in y.
+        spans = [(0, self.in_width)] * self.slices + list(zip(self.out_offsets, self.out_widths, strict=True))
+        on_device = torch.tensor(spans, dtype=torch.int32).to(self.flat.device)
+        self.in_spans, self.out_spans = on_device[: self.slices], on_device[self.slices :]
+
+    def pair(self, slice_number: int, adapter: int) -> tuple[Tensor, Tensor, float]:
+        """(A [r, in], B [r, out], scaling), gathered from the pages; for plain torch on the host."""
+        rank, first_a, first_b, _ = self.index[slice_number, adapter].tolist()
+        a = self._gather(first_a, rank, self.in_width)
+        return a, self._gather(first_b, rank, self.out_widths[slice_number]), float(self.scaling[slice_number, adapter])
+
+    def _gather(self, first: int, rank: int, width: int) -> Tensor:
+        count = -(-rank * width // self.page_elements)
+        pages = self.flat.view(-1, self.page_elements).index_select(0, self.numbers[first : first + count])
+        return pages.view(-1)[: rank * width].view(rank, width)
+
+    def perturbations(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """Leaves that gradients are taken at: zeros added to A and B, for every slice first A's then B's.
+
+        Each stacks the rank rows of all adapters, [sum of ranks, in] and [sum of ranks, out]. The gradient
+        against one is the gradient against the pages' values, in `dtype` rather than the pool's. No memory
+        stands behind them.
+        """
+        leaves = []
+        for row, out in zip(self.ranks, self.out_widths, strict=True):
+            for width in (self.in_width, out):
+                zero = torch.zeros((), dtype=dtype, device=self.flat.device)
+                leaves.append(zero.expand(sum(row), width).requires_grad_())
+        return tuple(leaves)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedTerms:
+    """The adapters' terms of one batch at one launch's sites: the counterpart of a list of `LoraSegment`."""
+
+    routing: Routing
+    pages: SitePages
+    dropout: Sequence[Callable[[Tensor], Tensor] | None] = ()  # one a range of the routing, or empty
+    perturbations: tuple[Tensor, ...] = ()  # see SitePages.perturbations; empty: no gradient to A and B
+
+    def __post_init__(self) -> None:
+        if self.routing.adapters != self.pages.adapters:
+            raise ValueError(f"routing knows {self.routing.adapters} adapters, the pages {self.pages.adapters}")
+        if self.dropout and len(self.dropout) != len(self.routing.ranges):
+            raise ValueError(f"{len(self.dropout)} dropouts for {len(self.routing.ranges)} row ranges")
+        if self.perturbations and len(self.perturbations) != 2 * self.pages.slices:
+            raise ValueError(f"{len(self.perturbations)} perturbations for {self.pages.slices} pairs")
+        if any(self.dropout) and self.pages.slices > 1:
+            raise ValueError("dropout differs from site to site: launch the sites one by one")
+
+    def __len__(self) -> int:
+        """Rows with an adapter; 0 where there is nothing to add."""
+        return len(self.routing.rows) if self.pages.max_rank else 0
+
+    def segments(self, slice_number: int) -> list[LoraSegment]:
+        """The same terms for the plain-torch reference: pairs gathered from their pages."""
+        pairs: dict[int, tuple[Tensor, Tensor, float]] = {}
+        found = []
+        for number, r in enumerate(self.routing.ranges):
+            if r.start == r.end or not self.pages.ranks[slice_number][r.adapter]:
+                continue
+            if r.adapter not in pairs:
+                pairs[r.adapter] = self._pair(slice_number, r.adapter)
+            a, b, scaling = pairs[r.adapter]
+            drop = self.dropout[number] if self.dropout else None
+            found.append(LoraSegment(r.start, r.end, a, b, scaling, drop))
+        return found
+
+    def _pair(self, slice_number: int, adapter: int) -> tuple[Tensor, Tensor, float]:
+        a, b, scaling = self.pages.pair(slice_number, adapter)
+        if not self.perturbations:
+            return a, b, scaling
+        first = sum(self.pages.ranks[slice_number][:adapter])
+        rows = slice(first, first + a.shape[0])
+        add_a, add_b = (leaf[rows] for leaf in self.perturbations[2 * slice_number : 2 * slice_number + 2])
+        return (a + add_a).to(a.dtype), (b + add_b).to(b.dtype), scaling

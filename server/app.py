@@ -14,6 +14,7 @@ import coserve
 from coserve.server.api import (
     adapters,
     chat,
+    checkpoint_permissions,
     completions,
     files,
     fine_tuning,
@@ -38,6 +39,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     tokenize.router,
     files.router,
     fine_tuning.router,
+    checkpoint_permissions.router,
     adapters.router,
     keys.router,
     iterations.router,

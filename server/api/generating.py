@@ -84,7 +84,7 @@ async def resolve_model(services: Services, principal: Principal, model: str) ->
     """The adapter version that answers for `model` from now on, None for the base. Raises 404."""
     if model == services.settings.base_model_id:
         return None
-    resolved = await services.store.models.resolve(principal.tenant, model)
+    resolved = await services.store.models.resolve(principal.tenant, model, project=principal.tenant_name)
     if resolved is None:
         raise model_not_found(model)
     return AdapterRef(resolved.digest, resolved.path)

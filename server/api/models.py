@@ -39,14 +39,15 @@ async def list_models(services: ServicesOf, principal: Caller) -> dict[str, Any]
 async def retrieve_model(model: str, services: ServicesOf, principal: Caller) -> dict[str, Any]:
     if model == services.settings.base_model_id:
         return _base(services)
-    resolved = await services.store.models.resolve(principal.tenant, model)
+    resolved = await services.store.models.resolve(principal.tenant, model, project=principal.tenant_name)
     if resolved is None:
         raise model_not_found(model)
-    adapter = await services.store.adapters.get(principal.tenant, resolved.adapter_id) if resolved.adapter_id else None
-    if adapter is None:  # a job's checkpoint
-        job = await services.store.jobs.get(principal.tenant, resolved.job_id) if resolved.job_id else None
-        return _model(services, model, job.created_at if job else 0, principal.tenant_name, adapted=True)
-    return _adapter(services, principal, adapter) | {"id": model}
+    store = services.store
+    owner = await store.tenants.get(resolved.tenant)
+    adapter = await store.adapters.get(resolved.tenant, resolved.adapter_id) if resolved.adapter_id else None
+    job = await store.jobs.get(resolved.tenant, resolved.job_id) if adapter is None and resolved.job_id else None
+    made = adapter or job  # a job's checkpoint is no adapter's version
+    return _model(services, model, made.created_at if made else 0, owner.name if owner else "", adapted=True)
 
 
 @router.delete("/v1/models/{model:path}")

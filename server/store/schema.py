@@ -159,6 +159,19 @@ MIGRATIONS: tuple[str, ...] = (
     """,
     # what a prompt cost: with several choices it is neither the prompt nor the prompt less what was cached
     "ALTER TABLE usage_ledger ADD COLUMN computed_tokens INTEGER NOT NULL DEFAULT 0;",
+    """
+    CREATE TABLE checkpoint_permissions (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        tenant TEXT NOT NULL REFERENCES tenants(id),
+        model_id TEXT NOT NULL,
+        project TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        revoked INTEGER NOT NULL DEFAULT 0
+    );
+    CREATE UNIQUE INDEX permission_of_project ON checkpoint_permissions(tenant, model_id, project) WHERE revoked = 0;
+    CREATE INDEX permissions_by_model ON checkpoint_permissions(project, model_id);
+    """,
 )
 
 

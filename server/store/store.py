@@ -14,6 +14,7 @@ from coserve.server.store.job_events import JobEvents
 from coserve.server.store.job_progress import JobProgress
 from coserve.server.store.jobs import Jobs
 from coserve.server.store.keys import ApiKeys
+from coserve.server.store.permissions import Permissions
 from coserve.server.store.resolve import Models
 from coserve.server.store.tenants import Tenants
 from coserve.server.store.usage import UsageLedger
@@ -34,6 +35,7 @@ class Store:
         self.checkpoints = Checkpoints(self._database)
         self.adapters = Adapters(self._database, clock)
         self.models = Models(self._database)
+        self.permissions = Permissions(self._database, clock)
         self.usage = UsageLedger(self._database, clock)
 
     def close(self) -> None:

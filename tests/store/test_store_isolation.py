@@ -60,8 +60,12 @@ def populate(store, tenant):
         checkpoint = NewCheckpoint(1, "ft:m:o::j:ckpt-step-1", "b" * 64, "jobs/j/1")
         await store.progress.apply(tenant, job.id, 1, JobEffects(checkpoint=checkpoint))
         adapter, _ = await store.adapters.publish(tenant, "mine", VERSION)
+        (permission,) = await store.permissions.grant(tenant, "ft:m:o::j:ckpt-step-1", ["someone"])
         await store.usage.record(tenant, Usage("req-1", "m", 1, 0, 1, 1))
-        return {"key": key.id, "file": file.id, "job": job.id, "adapter": adapter.id}
+        return {
+            "key": key.id, "file": file.id, "job": job.id, "adapter": adapter.id, "model": "ft:m:o::j:ckpt-step-1",
+            "permission": permission.id,
+        }  # fmt: skip
 
     return asyncio.run(fill())
 
@@ -74,6 +78,8 @@ CALLS = {
     "events.list": ("job",), "events.since": ("job",), "checkpoints.list": ("job",),
     "adapters.get": ("adapter",), "adapters.set_pinned": ("adapter", True), "adapters.versions": ("adapter",),
     "adapters.newest_version": ("adapter",), "adapters.delete": ("adapter",),
+    "permissions.list": ("model",), "permissions.grant": ("model", ["beta"]),
+    "permissions.revoke": ("permission", "ft:m:o::j:ckpt-step-1"),
     "adapters.add_version": ("adapter", NewVersion("c" * 64, "p", 8, 1)), "adapters.files_removed": ("adapter",),
 }  # fmt: skip
 NAMED = {
@@ -129,6 +135,17 @@ def test_model_strings_of_another_tenant_do_not_resolve(store):
     for model in strings:
         assert asyncio.run(store.models.resolve(store.a, model)) is not None, model
         assert asyncio.run(store.models.resolve(store.b, model)) is None, model
+
+
+@pytest.mark.security
+def test_a_grant_is_for_the_project_that_it_names(store):
+    populate(store, store.a)
+    model = "ft:m:o::j:ckpt-step-1"
+    found = asyncio.run(store.models.resolve(store.b, model, project="someone"))
+    assert found is not None and found.tenant == store.a
+    assert asyncio.run(store.models.resolve(store.b, model, project="beta")) is None
+    assert asyncio.run(store.models.resolve(store.b, model)) is None
+    assert asyncio.run(store.models.resolve(store.b, "mine", project="someone")) is None
 
 
 def test_lists_and_sums_hold_only_the_tenants_own(store):

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,6 +54,29 @@ def gather(files: Mapping[str, Path], folder: Path) -> None:
         raise ArchiveError(f"Upload one tar, or exactly the two files {CONFIG_FILE} and {TENSOR_FILE}.")
     for name, path in files.items():
         os.rename(path, folder / name)
+
+
+class NoAdapterFolder(Exception):
+    """There is no readable PEFT folder at a path; the message names the file, not the path."""
+
+
+def copy_in(source: Path, folder: Path, max_bytes: int) -> None:
+    """Copy PEFT's two files from `source`, a folder of the operator's, into `folder`. Links are followed.
+
+    Raises NoAdapterFolder, ArchiveError for a file over `max_bytes`, OSError for the disk that is written.
+    """
+    for name in FOLDER_FILES:
+        try:
+            found = (source / name).stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise NoAdapterFolder(f"{name} is no plain file.")
+            if found.st_size > max_bytes:
+                raise ArchiveError(f"{name} is {found.st_size} bytes; at most {max_bytes} are allowed.")
+            original = (source / name).open("rb")
+        except (OSError, ValueError):  # ValueError: a NUL in the path
+            raise NoAdapterFolder(f"{name} is not there or cannot be read.") from None
+        with original, (folder / name).open("xb") as copy:
+            shutil.copyfileobj(original, copy, 1 << 20)
 
 
 def facts(data: DataDirectory, folder: Path, digest: str) -> NewVersion:

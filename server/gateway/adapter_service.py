@@ -84,30 +84,40 @@ class AdapterService:
         return name
 
     async def upload(
-        self, tenant: str, name: str, *, archive: Path | None = None, files: Mapping[str, Path] | None = None
+        self,
+        tenant: str,
+        name: str,
+        *,
+        archive: Path | None = None,
+        files: Mapping[str, Path] | None = None,
+        folder: Path | None = None,
     ) -> tuple[Adapter, AdapterVersion]:
-        """Make a tar, or the two files of a PEFT folder by name, the newest version of the tenant's adapter `name`.
+        """Make a PEFT folder the newest version of the tenant's adapter `name`: a tar of it, its two files by name, or
+        the operator's own, which is copied.
 
-        Raises Invalid, naming the member, field or tensor at fault, and Unavailable without an engine to check it.
+        Raises Invalid, naming the member, field or tensor at fault, NoAdapterFolder, and Unavailable without an engine
+        to check it.
         """
         self.check_name(name)
-        folder = self._data.tmp / f"adapter-{secrets.token_hex(16)}"
+        scratch = self._data.tmp / f"adapter-{secrets.token_hex(16)}"
         try:
-            await asyncio.to_thread(folder.mkdir, mode=0o700)
+            await asyncio.to_thread(scratch.mkdir, mode=0o700)
             try:
                 if archive is not None:
-                    await asyncio.to_thread(extract_adapter, archive, folder, self._max_bytes)
+                    await asyncio.to_thread(extract_adapter, archive, scratch, self._max_bytes)
+                elif folder is not None:
+                    await asyncio.to_thread(adapter_folders.copy_in, folder, scratch, self._max_bytes)
                 else:
-                    await asyncio.to_thread(adapter_folders.gather, files or {}, folder)
+                    await asyncio.to_thread(adapter_folders.gather, files or {}, scratch)
             except ArchiveError as error:
-                raise Invalid(str(error), "invalid_adapter", "file") from None
-            return await self._take(tenant, name, folder)
+                raise Invalid(str(error), "invalid_adapter", "file" if folder is None else "lora_path") from None
+            return await self._take(tenant, name, scratch)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise Unavailable("The server's disk is full; nothing was stored.", "storage_full") from None
             raise
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
 
     async def _take(self, tenant: str, name: str, folder: Path) -> tuple[Adapter, AdapterVersion]:
         checked = await self._check(folder)

@@ -49,6 +49,8 @@ NAMED = [
     ("POST", "/v1/fine_tuning/jobs",
      lambda id_, own: {**JOB, "training_file": own, "adapter": {"init": f"adapter:{id_}"}}, "model"),
     ("POST", "/v1/chat/completions", lambda id_, own: {**CHAT, "model": id_}, "model"),
+    ("POST", "/v1/unload_lora_adapter", lambda id_, own: {"lora_name": id_}, "adapter"),
+    ("POST", "/tokenize", lambda id_, own: {"model": id_, "prompt": "hi"}, "model"),
     ("POST", "/v1/completions", lambda id_, own: {"model": id_, "prompt": "hi"}, "model"),
 ]  # fmt: skip
 AFTER = [("/v1/files", "file"), ("/v1/fine_tuning/jobs", "job"), ("/v1/adapters", "adapter")]

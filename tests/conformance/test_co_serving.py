@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import io
-import json
-import tarfile
 import threading
-import time
 
 import pytest
 import torch
+from http_actions import (
+    EXACT,
+    adapter_tensors,
+    assert_same_logits,
+    create_job,
+    download_adapter,
+    greedy,
+    iterations,
+    job_step,
+    metrics,
+    newest_iteration,
+    succeeded,
+    upload_adapter,
+    upload_rows,
+)
 from live_server import LiveServer
 from peft_oracle import (
     assert_greedy_equal,
@@ -20,13 +31,9 @@ from peft_oracle import (
     save_adapter,
     training_rows,
 )  # fmt: skip
-from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
 STEPS = 20
-TRAINING = {
-    "learning_rate": 1e-2, "lr_scheduler": "cosine", "warmup_steps": 2, "weight_decay": 0.01, "shuffle": False,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,46 +49,17 @@ def server(folder, tmp_path_factory):
         yield live
 
 
-def upload_rows(client, rows) -> str:
-    lines = "\n".join(json.dumps({"input_ids": ids, "labels": labels}) for ids, labels in rows)
-    return client.files.create(file=("rows.jsonl", lines.encode()), purpose="fine-tune").id
+@pytest.fixture(scope="module")
+def client(server):
+    with server.openai(max_retries=0, timeout=60) as client:
+        yield client
 
 
-def create_job(client, file_id: str, *, r: int, alpha: float, seed: int = 3, batch: int = 8, accumulation: int = 1,
-               suffix: str | None = None, epochs: int = 1, **training):  # fmt: skip
-    return client.fine_tuning.jobs.create(
-        model="tiny", training_file=file_id, seed=seed, suffix=suffix,
-        method={"type": "supervised", "supervised": {"hyperparameters": {"batch_size": batch, "n_epochs": epochs}}},
-        extra_body={
-            "adapter": {"type": "lora", "r": r, "alpha": alpha},
-            "training": {**TRAINING, "gradient_accumulation_steps": accumulation, **training},
-        },
-    )  # fmt: skip
-
-
-def wait_job(client, job_id: str, seconds: float = 120):
-    deadline = time.monotonic() + seconds
-    while True:
-        job = client.fine_tuning.jobs.retrieve(job_id)
-        if job.status in ("succeeded", "failed", "cancelled"):
-            return job
-        assert time.monotonic() < deadline, job
-        time.sleep(0.1)
-
-
-def download(server, name: str, target) -> dict[str, torch.Tensor]:
-    with server.http() as http:
-        reply = http.get(f"/v1/adapters/{name}/download")
-    assert reply.status_code == 200, reply.text
-    with tarfile.open(fileobj=io.BytesIO(reply.content)) as tar:
-        tar.extractall(target, filter="data")
-    found = next(target.rglob("adapter_model.safetensors"))
-    return load_file(found)
-
-
-def iterations(server) -> list[dict]:
-    with server.http() as http:
-        return http.get("/v1/coserve/iterations", params={"limit": 2000}).json()["data"]
+@pytest.fixture(scope="module")
+def reference(folder):
+    """Rows, and PEFT's tensors before and after a loop over them."""
+    rows = training_rows(8 * STEPS)
+    return rows, *peft_loop(folder, rows, r=4, alpha=8, seed=3, step_rows=8, steps=STEPS)
 
 
 class Streams(threading.Thread):
@@ -98,7 +76,7 @@ class Streams(threading.Thread):
             while not self._over.is_set():
                 reply = self._client.completions.create(
                     model="tiny", prompt=prompt(12, 1), max_tokens=100, temperature=0, stream=True,
-                    extra_body={"return_token_ids": True, "ignore_eos": True},
+                    extra_body=EXACT,
                 )  # fmt: skip
                 self.texts.append([t for chunk in reply for c in chunk.choices for t in c.token_ids or []])
         except Exception as error:  # noqa: BLE001 - handed to the test's own thread
@@ -120,119 +98,162 @@ def streams(server):
 
 
 @pytest.mark.parametrize("batch, accumulation", [(8, 1), (4, 2), (2, 4)])
-def test_a_job_over_http_equals_peft_and_adamw(server, folder, streams, tmp_path, batch, accumulation):
-    client = server.openai()
-    rows = training_rows(8 * STEPS)
-    initial, reference = peft_loop(folder, rows, r=4, alpha=8, seed=3, step_rows=8, steps=STEPS)
-    file_id = upload_rows(client, rows)
-    job = wait_job(client, create_job(client, file_id, r=4, alpha=8, batch=batch, accumulation=accumulation).id)
-    assert job.status == "succeeded", job.error
-    got = download(server, job.fine_tuned_model, tmp_path)
-    assert distance(got, initial, reference) <= 1e-3
+def test_a_job_over_http_equals_peft_and_adamw(
+    server, client, folder, reference, streams, tmp_path, batch, accumulation
+):
+    rows, initial, expected = reference
+    before = newest_iteration(server)
+    job = create_job(
+        client, upload_rows(client, rows), r=4, alpha=8, batch=batch, gradient_accumulation_steps=accumulation
+    )
+    job = succeeded(server, client, job.id)
+    adapter = download_adapter(server, job.fine_tuned_model, tmp_path)
+    assert distance(adapter_tensors(adapter), initial, expected) <= 1e-3
     assert job.trained_tokens == sum(len(ids) for ids, _ in rows)
-
-    kinds = [it["tokens"] for it in iterations(server)]
+    kinds = [it["tokens"] for it in iterations(server, before)]
     assert any(t["decode"] and t["train_forward"] for t in kinds)
     assert any(t["decode"] and t["train_backward"] for t in kinds)
 
     # The download is a stock PEFT adapter with the same logits, and it is what the server now serves.
-    model = oracle_model(folder, next(tmp_path.rglob("adapter_config.json")).parent)
+    assert_same_logits(client, job.fine_tuned_model, prompt(40, 9), folder, adapter, 1e-3)
     ids = prompt(20, 9)
-    reply = client.completions.create(
-        model=job.fine_tuned_model, prompt=ids, max_tokens=12, temperature=0, logprobs=1,
-        extra_body={"return_token_ids": True, "ignore_eos": True},
-    )  # fmt: skip
-    assert_greedy_equal(model, ids, reply.choices[0].token_ids)
-    with torch.no_grad():
-        row = torch.log_softmax(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float(), -1)
-    assert abs(reply.choices[0].logprobs.token_logprobs[0] - float(row[reply.choices[0].token_ids[0]])) <= 1e-3
+    answer = greedy(client, job.fine_tuned_model, ids, 12)
+    assert_greedy_equal(oracle_model(folder, adapter), ids, answer.choices[0].token_ids)
 
 
-def test_the_token_ledger_closes(folder, tmp_path):
-    """prompt − cached, completion − 1 and trained tokens equal the sums over all iterations."""
-    with LiveServer(folder, tmp_path / "data", train_window=16, slo_itl_ms=100) as live:
-        client = live.openai()
-        rows = training_rows(24)
-        job_id = create_job(client, upload_rows(client, rows), r=4, alpha=8).id
-        prefilled = decoded = 0
-        for i in range(6):
-            usage = client.completions.create(
-                model="tiny", prompt=prompt(40, i % 2), max_tokens=20, temperature=0, extra_body={"ignore_eos": True}
-            ).usage
-            prefilled += usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens
-            decoded += usage.completion_tokens - 1
-        job = wait_job(client, job_id)
-        total = {kind: sum(it["tokens"][kind] for it in iterations(live)) for kind in
-                 ("prefill", "decode", "train_forward", "head", "train_backward")}  # fmt: skip
-        with live.http() as http:
-            metrics = http.get("/metrics").text
-    assert total["prefill"] == prefilled
-    assert total["decode"] == decoded
+def test_two_jobs_and_a_third_that_is_cancelled_midway_equal_their_solo_runs(server, client, folder, tmp_path):
+    files = {rank: upload_rows(client, training_rows(64, seed=rank)) for rank in (3, 17, 5)}
+
+    def start(rank: int, epochs: int = 1):
+        return create_job(client, files[rank], r=rank, alpha=2 * rank, epochs=epochs)
+
+    def result(job, name: str):
+        model = succeeded(server, client, job.id).fine_tuned_model
+        return model, download_adapter(server, model, tmp_path / name)
+
+    alone = {rank: adapter_tensors(result(start(rank), f"alone-{rank}")[1]) for rank in (3, 17)}
+    before = newest_iteration(server)
+    third = start(5, epochs=50)
+    server.until(lambda: job_step(client, third.id) >= 1)
+    both = {rank: start(rank) for rank in (3, 17)}
+    server.until(lambda: all(job_step(client, job.id) >= 1 for job in both.values()))
+    assert client.fine_tuning.jobs.cancel(third.id).status == "cancelled"
+    assert all(client.fine_tuning.jobs.retrieve(job.id).status == "running" for job in both.values()), "too late"
+    for rank, job in both.items():
+        model, adapter = result(job, f"together-{rank}")
+        initial, _ = peft_loop(folder, [], r=rank, alpha=2 * rank, seed=3, step_rows=8, steps=0)
+        assert distance(adapter_tensors(adapter), initial, alone[rank]) <= 1e-3
+        assert_same_logits(client, model, prompt(40, rank), folder, adapter, 1e-3)
+    names = {f"job:{job.id}" for job in (third, *both.values())}
+    met = [it for it in iterations(server, before) if len(names.intersection(it["adapters"])) > 1]
+    assert met, "no two of them shared an iteration"
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch_of_twelve(server, client):
+    def sample(ids: list[int], tokens: int, seed: int, **options):
+        return client.completions.create(
+            model="tiny", prompt=ids, max_tokens=tokens, temperature=0.9, top_p=0.9, seed=seed, extra_body=EXACT,
+            **options,
+        )  # fmt: skip
+
+    ids = prompt(20, 3)
+    alone = sample(ids, 24, seed=7).choices[0].token_ids
+    assert sample(ids, 24, seed=8).choices[0].token_ids != alone
+    before = newest_iteration(server)
+    with sample(prompt(9, 4), 400, seed=1, n=11, stream=True) as others:
+        assert next(iter(others)).choices
+        together = sample(ids, 24, seed=7).choices[0].token_ids
+    assert together == alone
+    batches = [it["tokens"]["decode"] for it in iterations(server, before)]
+    assert batches.count(12) >= 12, "they were not in one batch"
+
+
+def test_the_token_ledger_closes(server, client):
+    """What iterations ran is what requests and jobs were told, also with several choices and stop strings."""
+    server.until(lambda: metrics(server)["coserve_requests_running"] == 0)
+    before, sampled_before = newest_iteration(server), sampled(server)
+    rows = training_rows(24)
+    job_id = create_job(client, upload_rows(client, rows), r=4, alpha=8).id
+    usages, sequences = [], 0
+
+    def ask(prompts, n: int = 1, **options):
+        nonlocal sequences
+        answer = client.completions.create(
+            model="tiny", prompt=prompts, n=n, **{"max_tokens": 20, "temperature": 0, "extra_body": EXACT, **options}
+        )
+        usages.append(answer.usage)
+        sequences += len(answer.choices)
+        return answer
+
+    for i in range(6):
+        ask(prompt(40, 60 + i % 2))
+    ask(prompt(70, 70), n=3, temperature=1, seed=5)
+    ask([prompt(33, 71), prompt(50, 72), prompt(50, 72)], n=2)
+    whole = ask(prompt(30, 73), max_tokens=60).choices[0]
+    delivered = sum(usage.completion_tokens for usage in usages)
+    assert sampled(server) - sampled_before == delivered, "what was sampled was delivered"
+    assert sum(usage.prompt_tokens_details.cached_tokens for usage in usages) >= 4 * 32
+
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    for _ in range(4):
+        cut = ask(prompt(30, 73), max_tokens=60, stop=stop)
+        assert cut.choices[0].finish_reason == "stop" and cut.choices[0].text == whole.text[: whole.text.index(stop)]
+        given = cut.choices[0].token_ids
+        assert given == whole.token_ids[: len(given)] and cut.usage.completion_tokens == len(given) < 60
+    ask(prompt(45, 74), max_tokens=0, echo=True)  # one token is sampled that nobody asked for
+    job = succeeded(server, client, job_id)
+
+    def sums() -> dict[str, float]:
+        found = [it["tokens"] for it in iterations(server, before)]
+        return {kind: sum(tokens[kind] for tokens in found) for kind in found[0]}
+
+    # a sequence that a stop string has ended runs on until the engine hears of it
+    server.until(lambda: sums()["decode"] == sampled(server) - sampled_before - sequences, 5)
+    total = sums()
+    assert total["prefill"] == sum(usage.prompt_tokens_details.model_extra["computed_tokens"] for usage in usages)
+    assert sampled(server) - sampled_before - sum(usage.completion_tokens for usage in usages) >= 1
     assert total["train_forward"] == pytest.approx(job.trained_tokens)
     assert total["train_backward"] == pytest.approx(job.trained_tokens)
     assert total["head"] == sum(sum(label != -100 for label in labels[1:]) for _, labels in rows)
-    assert 'coserve_step_tokens_total{kind="train_backward"}' in metrics
 
 
-def test_base_outputs_are_the_same_before_during_and_after(server, folder, streams, tmp_path):
-    client = server.openai()
+def sampled(server) -> float:
+    """Tokens that the engine has given the gateway, delivered or not."""
+    return metrics(server).get('coserve_generation_tokens_total{kind="sampled"}', 0)
+
+
+def test_base_outputs_are_the_same_before_during_and_after(server, client, folder, streams, tmp_path):
     ids = prompt(30, 4)
 
     def base() -> tuple[list[int], list[float]]:
-        reply = client.completions.create(
-            model="tiny", prompt=ids, max_tokens=24, temperature=0, logprobs=1,
-            extra_body={"return_token_ids": True, "ignore_eos": True},
-        )  # fmt: skip
-        return reply.choices[0].token_ids, reply.choices[0].logprobs.token_logprobs
+        choice = greedy(client, "tiny", ids, 24).choices[0]
+        return choice.token_ids, choice.logprobs.token_logprobs
 
     before = base()
     assert_greedy_equal(oracle_model(folder), ids, before[0])
-    job = create_job(client, upload_rows(client, training_rows(160)), r=16, alpha=32)
+    job = create_job(client, upload_rows(client, training_rows(80)), r=16, alpha=32)
     seen = []
     while client.fine_tuning.jobs.retrieve(job.id).status not in ("succeeded", "failed"):
         seen.append(base())
-    assert wait_job(client, job.id).status == "succeeded"
-    with server.http() as http:
-        for i in range(50):
-            name = f"many-{i}"
-            archive = io.BytesIO()
-            with tarfile.open(fileobj=archive, mode="w") as tar:
-                tar.add(save_adapter(tmp_path / name, "gemma3_text", 2 + i % 5, i), arcname=name)
-            reply = http.post("/v1/adapters", data={"name": name}, files={"file": (f"{name}.tar", archive.getvalue())})
-            assert reply.status_code in (200, 201), reply.text
-            client.completions.create(model=name, prompt=prompt(5, i), max_tokens=1)
+    succeeded(server, client, job.id)
+    for i in range(50):
+        upload_adapter(server, f"many-{i}", save_adapter(tmp_path / f"many-{i}", "gemma3_text", 2 + i % 5, i))
+        client.completions.create(model=f"many-{i}", prompt=prompt(5, i), max_tokens=1)
     for tokens, logprobs in [*seen, base()]:
         assert tokens == before[0]
         assert max(abs(a - b) for a, b in zip(logprobs, before[1], strict=True)) <= 1e-4
 
 
-def test_a_published_version_serves_the_next_request_and_old_streams_keep_theirs(server, folder, tmp_path):
-    client = server.openai()
+def test_a_published_version_serves_the_next_request_and_old_streams_keep_theirs(server, client, folder, tmp_path):
     ids = prompt(48, 6)
     versions = [save_adapter(tmp_path / f"v{i}", "gemma3_text", 4, seed=20 + i) for i in range(2)]
-
-    def publish(version) -> None:
-        archive = io.BytesIO()
-        with tarfile.open(fileobj=archive, mode="w") as tar:
-            tar.add(version, arcname="adapter")
-        with server.http() as http:
-            reply = http.post("/v1/adapters", data={"name": "moving"}, files={"file": ("a.tar", archive.getvalue())})
-        assert reply.status_code in (200, 201), reply.text
-
-    def stream():
-        return client.completions.create(
-            model="moving", prompt=ids, max_tokens=120, temperature=0, stream=True,
-            extra_body={"return_token_ids": True, "ignore_eos": True},
-        )  # fmt: skip
-
-    publish(versions[0])
-    old = stream()
+    upload_adapter(server, "moving", versions[0])
+    old = client.completions.create(
+        model="moving", prompt=ids, max_tokens=120, temperature=0, stream=True, extra_body=EXACT
+    )
     first = next(iter(old))
-    publish(versions[1])
-    new = client.completions.create(
-        model="moving", prompt=ids, max_tokens=20, temperature=0,
-        extra_body={"return_token_ids": True, "ignore_eos": True},
-    )  # fmt: skip
+    upload_adapter(server, "moving", versions[1])
+    new = greedy(client, "moving", ids, 20)
     tokens = [t for chunk in [first, *old] for c in chunk.choices for t in c.token_ids or []]
     assert new.usage.prompt_tokens_details.cached_tokens == 0
     assert len(tokens) == 120
@@ -242,27 +263,17 @@ def test_a_published_version_serves_the_next_request_and_old_streams_keep_theirs
 
 def test_two_tenants_with_an_adapter_of_the_same_name(server, folder, tmp_path):
     with server.http() as http:
-        keys = []
-        for tenant in ("north", "south"):
-            reply = http.post("/v1/organization/api_keys", json={"tenant": tenant, "name": tenant})
-            assert reply.status_code in (200, 201), reply.text
-            keys.append(reply.json()["value"] if "value" in reply.json() else reply.json()["key"])
+        keys = [
+            http.post("/v1/organization/api_keys", json={"tenant": tenant, "name": tenant}).json()["key"]
+            for tenant in ("north", "south")
+        ]
     ids = prompt(64, 8)
     answers, adapters = [], []
     for i, key in enumerate(keys):
         version = save_adapter(tmp_path / f"t{i}", "gemma3_text", 4, seed=40 + i)
-        archive = io.BytesIO()
-        with tarfile.open(fileobj=archive, mode="w") as tar:
-            tar.add(version, arcname="adapter")
-        with server.http(key) as http:
-            reply = http.post("/v1/adapters", data={"name": "same"}, files={"file": ("a.tar", archive.getvalue())})
-            adapters.append(reply.json()["id"])
-        client = server.openai(key)
+        adapters.append(upload_adapter(server, "same", version, key)["id"])
         for model in ("tiny", "same"):
-            reply = client.completions.create(
-                model=model, prompt=ids, max_tokens=16, temperature=0, logprobs=1,
-                extra_body={"return_token_ids": True, "ignore_eos": True},
-            )  # fmt: skip
+            reply = greedy(server.openai(key), model, ids, 16)
             assert reply.usage.prompt_tokens_details.cached_tokens == 0  # the other tenant's prefix is not ours
         assert_greedy_equal(oracle_model(folder, version), ids, reply.choices[0].token_ids)
         answers.append(reply.choices[0].logprobs.token_logprobs)

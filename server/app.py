@@ -26,7 +26,7 @@ from coserve.server.api import (
     tokenize,
 )
 from coserve.server.api.auth import Authentication, route_table
-from coserve.server.api.errors import ApiError, clip, from_faults, from_refusal, from_status, invalid
+from coserve.server.api.errors import ERROR_SCHEMA, ApiError, clip, from_faults, from_refusal, from_status, invalid
 from coserve.server.api.middleware import ErrorBoundary, Limits, RequestId
 from coserve.server.gateway.refusals import Refused
 from coserve.server.gateway.services import Services
@@ -62,6 +62,7 @@ def create_app(services: Services) -> FastAPI:
         redoc_url=None,
         openapi_url=None,  # served by a route of ours, which asks for a key
         redirect_slashes=False,
+        responses={"default": {"description": "An error", "content": {"application/json": {"schema": ERROR_SCHEMA}}}},
         middleware=[
             Middleware(RequestId),
             Middleware(ErrorBoundary),

@@ -44,6 +44,24 @@ _REFUSALS: dict[type[Refused], int] = {Invalid: 400, NotFound: 404, Conflict: 40
 _RETRY_MS = {429: 1000, 503: 2000}
 
 
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
 class ApiError(HTTPException):
     """A failure with a status, a code that programs read, a message that people read and the parameter at fault."""
 

@@ -40,6 +40,8 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """Strict JSON: an object, no key twice, no NaN or Infinity, no NUL, no lone surrogate, nested at most 64 deep."""
+    if not body.strip():
+        raise invalid("The body is empty: send a JSON object.", code="invalid_json")
     try:
         text = body.decode("utf-8")
         value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)

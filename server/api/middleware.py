@@ -118,7 +118,7 @@ class _PlainError:
 
 
 class Limits:
-    """431 for headers over their limit; 413 for a body over its route's limit, however it is sent."""
+    """431 for headers and 413 for a body over their limits, however the body is sent; 415 for a packed one."""
 
     def __init__(self, app: ASGIApp, max_header: int, max_body: int, larger: Mapping[str, int]) -> None:
         self.app = app
@@ -134,6 +134,10 @@ class Limits:
             error = ApiError(431, f"The request's headers take {size} bytes; at most {self.max_header} are allowed.")
             return await error.response()(scope, receive, send)
 
+        coding = Headers(scope=scope).get("content-encoding", "identity").strip().lower()
+        if coding != "identity":
+            error = ApiError(415, f"A body with content-encoding '{clip(coding, 40)}' is not read: send it as it is.")
+            return await error.response()(scope, receive, send)
         limit = self.larger.get(scope["path"], self.max_body)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:

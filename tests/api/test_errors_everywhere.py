@@ -1,5 +1,6 @@
 """Whatever is wrong with a request, the answer is the error object, quickly, and the engine hears nothing of it."""
 
+import gzip
 import json
 import time
 
@@ -308,6 +309,11 @@ def test_sizes(tmp_path):
 
         answer = await world.a.post("/v1/completions", content=chunks(), headers={"content-type": "application/json"})
         assert_error(answer, 413, "request_too_large")
+        packed = {"content-type": "application/json", "content-encoding": "gzip"}
+        answer = await world.a.post("/v1/completions", content=gzip.compress(b"{}"), headers=packed)
+        assert "gzip" in assert_error(answer, 415, "unsupported_media_type")["message"]
+        answer = await world.a.post("/v1/completions", content=b" ", headers={"content-type": "application/json"})
+        assert "empty" in assert_error(answer, 400, "invalid_json")["message"]
         assert_error(await world.a.get("/v1/models", headers={"x-long": "y" * 3000}), 431)
         assert_error(await world.a.get("/v1/models?x=" + "y" * 3000), 431)
 

@@ -322,7 +322,7 @@ def test_sizes(tmp_path):
 
 def test_a_bug_is_a_500_that_tells_nothing(tmp_path, caplog):
     async def scenario(world):
-        async def broken(*_):
+        async def broken(*_, **__):
             raise RuntimeError("the prompt was " + "/sec" + "ret/path 0x7f00")
 
         world.services.store.models.resolve = broken

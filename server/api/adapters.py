@@ -76,7 +76,7 @@ async def download_adapter(adapter_id: str, caller: Caller, services: ServicesOf
 
 @router.post("/{adapter_id:path}/pin")
 async def pin_adapter(adapter_id: str, caller: Caller, services: ServicesOf) -> dict[str, Any]:
-    """A pinned adapter is the last to give up its place in the engine's memory."""
+    """Marks an adapter as one to keep."""
     adapter = await services.adapters.pin(caller.tenant, check_reference(adapter_id), True)
     return await _shown(services, adapter)
 

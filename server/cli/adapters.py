@@ -48,7 +48,10 @@ def list_adapters(as_json: bool) -> None:
 @click.argument("source", type=click.Path(exists=True, readable=True, path_type=Path))
 @_JSON
 def upload(name: str, source: Path, as_json: bool) -> None:
-    """Upload SOURCE, a PEFT folder or a tar of one, as NAME; the same name again makes a new version."""
+    """Upload a PEFT folder.
+
+    SOURCE is the folder or a tar of it. The same NAME again makes a new version.
+    """
     with tempfile.TemporaryFile() as archive:
         if source.is_dir():
             pack(source, archive)
@@ -67,7 +70,10 @@ def upload(name: str, source: Path, as_json: bool) -> None:
 @click.argument("adapter", metavar="ADAPTER")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="New folder. [the adapter's name]")
 def download(adapter: str, output: Path | None) -> None:
-    """Download ADAPTER (an id, a name or a finetuned model's id) into a folder that `peft` loads."""
+    """Download an adapter as a PEFT folder.
+
+    ADAPTER is its id, its name or the id of a finetuned model or checkpoint.
+    """
     target = output or Path(adapter.replace("/", "-").replace(":", "-"))
     if target.exists():
         raise click.UsageError(f"{target} exists: give another folder with --output")
@@ -81,7 +87,10 @@ def download(adapter: str, output: Path | None) -> None:
 @command.command("delete")
 @click.argument("adapter", metavar="ADAPTER")
 def delete(adapter: str) -> None:
-    """Delete ADAPTER, all its versions; requests that run on it end well."""
+    """Delete an adapter with all its versions.
+
+    ADAPTER is its id, its name or a finetuned model's id. Requests that run on it end well.
+    """
     Remote().delete(f"/adapters/{path_part(adapter)}")
     click.echo(f"{adapter}: deleted")
 

@@ -17,10 +17,10 @@ from coserve.server.cli.remote import Remote, RemoteError
 @click.argument("prompt", nargs=-1)
 @click.option("--model", "-m", help="A base model, adapter or finetuned model. [the server's base model]")
 @click.option("--system", "-s", help="System message.")
-@click.option("--max-tokens", type=int, metavar="N")
-@click.option("--temperature", type=FINITE, metavar="X")
-@click.option("--top-p", type=FINITE, metavar="X")
-@click.option("--seed", type=int, metavar="N")
+@click.option("--max-tokens", type=int, metavar="N", help="Longest answer. [what the context leaves]")
+@click.option("--temperature", type=FINITE, metavar="X", help="0 takes the likeliest token. [1]")
+@click.option("--top-p", type=FINITE, metavar="X", help="Draw from the likeliest tokens of this share. [1]")
+@click.option("--seed", type=int, metavar="N", help="The same seed gives the same answer. [drawn]")
 def command(prompt: tuple[str, ...], model: str | None, system: str | None, **sampling: Any) -> None:
     """Ask PROMPT and print the answer; without one, read it from a pipe, or talk in the terminal.
 

@@ -49,10 +49,10 @@ _FIELDS = {
 @click.option("--epochs", type=int, metavar="N", help="[3]")
 @click.option("--batch-size", type=int, metavar="N", help="[8]")
 @click.option("--accumulation", type=int, metavar="N", help="Batches a step. [1]")
-@click.option("--learning-rate", "--lr", type=FINITE, metavar="X")
-@click.option("--scheduler", type=click.Choice(["cosine", "linear", "constant"]), help="Of the learning rate.")
-@click.option("--warmup-steps", type=int, metavar="N")
-@click.option("--weight-decay", type=FINITE, metavar="X")
+@click.option("--learning-rate", "--lr", type=FINITE, metavar="X", help="[2e-4]")
+@click.option("--scheduler", type=click.Choice(["cosine", "linear", "constant"]), help="Of the learning rate. [cosine]")
+@click.option("--warmup-steps", type=int, metavar="N", help="Steps in which the learning rate rises. [0]")
+@click.option("--weight-decay", type=FINITE, metavar="X", help="Of AdamW. [0]")
 @click.option("--max-steps", type=int, metavar="N", help="End after so many steps.")
 @click.option("--max-length", type=int, metavar="N", help="Cut longer rows instead of refusing the file.")
 @click.option("--rank", type=int, metavar="R", help="Of the LoRA adapter. [16]")
@@ -65,8 +65,8 @@ _FIELDS = {
 @click.option("--checkpoint-every", type=int, metavar="N", help="Steps between checkpoints.")
 @click.option("--publish-every", type=int, metavar="N", help="Steps between versions served while it trains.")
 @click.option("--shuffle/--no-shuffle", default=None, help="Order of the rows. [shuffled]")
-@click.option("--priority", type=click.Choice(["normal", "low"]))
-@click.option("--seed", type=int, metavar="N")
+@click.option("--priority", type=click.Choice(["normal", "low"]), help="low gives way to others. [normal]")
+@click.option("--seed", type=int, metavar="N", help="Of the adapter's first weights and the order. [drawn]")
 @click.option("--json", "as_json", is_flag=True, help="Print the created job as JSON.")
 def command(
     file: Path,
@@ -84,6 +84,8 @@ def command(
     from coserve.server.cli.output import show_json
     from coserve.server.cli.remote import Remote
 
+    if follow and as_json:
+        raise click.UsageError("--json prints the created job and nothing else: leave out --follow")
     remote = Remote()
     body = job_request(model or remote.default_model(), options)
     job = _create(remote, body, {"training_file": file, "validation_file": validation})

@@ -23,7 +23,7 @@ def command() -> None:
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
 @_JSON
 def list_jobs(limit: int, as_json: bool) -> None:
-    """Newest first."""
+    """Finetuning jobs, newest first."""
     jobs = Remote().pages("/fine_tuning/jobs", limit)
     if as_json:
         show_json(jobs)
@@ -67,7 +67,7 @@ def events(job_id: str, limit: int, as_json: bool) -> None:
 @_JOB
 @_JSON
 def checkpoints(job_id: str, as_json: bool) -> None:
-    """Checkpoints that can be asked as models, also while the job runs."""
+    """The kept checkpoints: each is a model to ask."""
     found = Remote().pages(f"/fine_tuning/jobs/{path_part(job_id)}/checkpoints")
     if as_json:
         show_json(found)

@@ -35,7 +35,8 @@ def command(config: Path | None, **options: Any) -> None:
     """Serve MODEL until a signal; then drain, save the jobs and exit with 0.
 
     Every option can stand in the environment (--max-model-len as COSERVE_MAX_MODEL_LEN) or in the --config file.
-    Exit codes: 0 drained, 2 usage, 3 model refused, 4 data directory locked, 5 port taken.
+    Exit codes: 0 drained, 1 it
+    had to be killed or did not start, 2 usage, 3 model refused, 4 data directory locked, 5 port taken.
     """
     from coserve.server.config import SettingsError, resolve_settings
     from coserve.server.supervisor import serve

@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -41,6 +42,21 @@ def test_help_answers_in_half_a_second_and_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
     assert seconds < 0.5, seconds
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+def test_every_option_says_what_it_does_and_no_summary_is_cut():
+    def walk(name, command):
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.opts}"
+        if isinstance(command, click.Group):
+            for inner in command.list_commands(None):
+                found = command.get_command(None, inner)
+                if command is not main:  # which has summaries of its own
+                    assert not found.get_short_help_str(limit=60).endswith("..."), f"{name} {inner}"
+                walk(f"{name} {inner}", found)
+
+    walk("coserve", main)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -83,6 +99,7 @@ def test_serve_has_every_option_of_the_readme():
         (["jobs", "show", "\udcff"], "UTF-8"),
         (["chat", "-m", "x", "--temperature", "nan", "hi"], "--temperature"),
         (["finetune", __file__, "--lr", "inf"], "--lr"),
+        (["finetune", __file__, "--json", "--follow"], "--json"),
         (["serve", "--model", "x", "--slo-itl-ms", "nan"], "--slo-itl-ms"),
     ],
 )

@@ -1,0 +1,81 @@
+"""Every Triton kernel compiles for a Hopper GPU, which needs no GPU: what the interpreter accepts, Triton may not.
+
+Says nothing about speed. The compiled code is looked at for two promises: no atomics, so that sums repeat bit for
+bit, and shared memory within what a multiprocessor has.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from coserve.kernels.attention import paged  # noqa: E402
+from coserve.kernels.lora import kernel as lora  # noqa: E402
+
+SHARED_BYTES = 227 * 1024  # of one multiprocessor, sm_90
+ATOMIC = re.compile(r"^\s*(@%p\d+ )?(atom|red)\.", re.MULTILINE)
+# Pointers by name: to the model's dtype, to float32, to int32. Every other argument is an int32 or a constant.
+MODEL = {"x", "y", "flat", "right", "query", "keys", "values"}
+FLOATS = {"hidden", "parts", "scaling", "part_out", "part_max", "part_sum", "sinks"}
+INTS = {"rows", "blocks", "chunks", "chunk_starts", "numbers", "index", "spans",
+        "tables", "contexts", "starts", "counts", "tiles"}  # fmt: skip
+
+LORA = {"SPLITS": 4, "BLOCK_R": 32, "WIDEN": False}
+ATTEND = {"BLOCK_SIZE": 16, "GROUP": 4, "WINDOW": True, "SOFTCAP": True, "SINKS": True, "WIDEN": False}
+
+
+def heads(dim, rows, splits):
+    sizes = {"DIM": dim, "VALUE_DIM": dim, "BLOCK_D": dim, "BLOCK_V": dim, "BLOCK_M": 4 * rows, "BLOCK_N": 64}
+    return ATTEND | sizes | {"ROWS": rows, "SPLITS": splits}
+
+
+KERNELS = {
+    "shrink": (lora._shrink, "bf16", "fp32", LORA | {"PART": 1, "BLOCK_M": 16, "BLOCK_K": 128, "IN_ROW": True}),
+    "shrink, pages end in a row": (
+        lora._shrink, "fp32", "fp32", LORA | {"PART": 1, "BLOCK_M": 16, "BLOCK_K": 128, "IN_ROW": False},
+    ),
+    "expand": (
+        lora._expand, "bf16", "bf16", LORA | {"PART": 2, "SLICES": 3, "BLOCK_M": 64, "BLOCK_N": 128, "IN_ROW": True},
+    ),
+    "weight_grad": (lora._weight_grad, "bf16", "fp32", LORA | {"BLOCK_M": 64, "BLOCK_N": 128}),
+    "add_chunks": (lora._add_chunks, "bf16", "fp32", {"BLOCK_R": 32, "BLOCK_N": 128}),
+    "prefill 256": (paged._attend, "bf16", "bf16", heads(256, 16, 1)),
+    "decode 128": (paged._attend, "bf16", "bf16", heads(128, 4, 4)),
+    "combine": (paged._combine, "bf16", "bf16", {"VALUE_DIM": 128, "BLOCK_V": 128, "SINKS": True, "SPLITS": 16}),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_for_sm90(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function, model, out, constants = KERNELS[name]
+
+    def kind(argument):
+        if argument in constants:
+            return "constexpr"
+        if argument in ("scale", "softcap"):
+            return "fp32"
+        pointed = {
+            **dict.fromkeys(MODEL, model),
+            **dict.fromkeys(FLOATS, "fp32"),
+            **dict.fromkeys(INTS, "i32"),
+            "out": out,
+        }
+        return f"*{pointed[argument]}" if argument in pointed else "i32"
+
+    signature = {argument: kind(argument) for argument in function.arg_names}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind.startswith("*")}
+    compiled = triton.compile(ASTSource(function, signature, constants, aligned), target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED_BYTES
+    assert not ATOMIC.search(compiled.asm["ptx"])
+    if model == "bf16" and name not in ("add_chunks", "combine"):
+        assert "mma" in compiled.asm["ptx"]  # the matrix unit, not multiply-adds one by one

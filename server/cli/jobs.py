@@ -20,7 +20,7 @@ def command() -> None:
 
 
 @command.command("list")
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="At most so many.")
 @_JSON
 def list_jobs(limit: int, as_json: bool) -> None:
     """Finetuning jobs, newest first."""
@@ -51,7 +51,7 @@ def follow(job_id: str) -> None:
 
 @command.command("events")
 @_JOB
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="At most so many.")
 @_JSON
 def events(job_id: str, limit: int, as_json: bool) -> None:
     """What happened, newest first."""

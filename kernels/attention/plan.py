@@ -41,6 +41,10 @@ class Unit:
     bias: Tensor | None  # [batch, 1, rows, length] of 0 and -inf, None where nothing is hidden
     causal: bool  # rows == length and plain causal masking, which needs no bias
 
+    def covers(self, rows: int) -> bool:
+        """Whether this call's query is all of a packed query of so many rows, in order."""
+        return isinstance(self.query, slice) and self.query == slice(0, rows)
+
 
 class AttentionPlan:
     """The segments of one packed forward."""
@@ -67,6 +71,7 @@ class AttentionPlan:
         return self._units[window]
 
     def _decode_unit(self, group: Sequence[Segment], window: int | None) -> Unit:
+        group = sorted(group, key=lambda s: s.start)  # neighbours are then read and written as one slice
         lengths = [_visible(segment, window) for segment in group]
         length = max(lengths)
         slots = self._slots(group[0], length) if len(group) == 1 else self._padded_slots(group, lengths)
@@ -75,7 +80,9 @@ class AttentionPlan:
             hidden = torch.arange(length)[None, :] >= torch.tensor(lengths)[:, None]
             bias = self._bias(hidden[:, None, None, :])
         starts = [segment.start for segment in group]
-        query = slice(starts[0], starts[0] + 1) if len(group) == 1 else self._index(torch.tensor(starts))
+        first, last = starts[0], starts[-1]
+        neighbours = last - first == len(group) - 1
+        query = slice(first, last + 1) if neighbours else self._index(torch.tensor(starts))
         return Unit(len(group), 1, length, query, slots, bias, causal=False)
 
     def _prefill_unit(self, segment: Segment, window: int | None) -> Unit:

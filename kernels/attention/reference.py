@@ -38,17 +38,28 @@ def paged_attention(
     Returns:
         [T, Hq, Dv] in the query's dtype.
     """
+    units = plan.units(sliding_window)
+    pieces = [_attend(query, keys, values, unit, scale, softcap, sinks) for unit in units]
+    if len(units) == 1 and units[0].covers(query.shape[0]):
+        return pieces[0]
     out = query.new_zeros(query.shape[0], query.shape[1], values.shape[-1])
-    for unit in plan.units(sliding_window):
-        q = query[unit.query] if isinstance(unit.query, slice) else query.index_select(0, unit.query)
-        k, v = _gather(keys, unit), _gather(values, unit)
-        q = q.view(unit.batch, unit.rows, *query.shape[1:])
-        if softcap is None and sinks is None:
-            result = _fused(q, k, v, unit, scale)
-        else:
-            result = _explicit(q, k, v, unit, scale, softcap, sinks)
-        out[unit.query] = result.reshape(unit.batch * unit.rows, *out.shape[1:])
+    for unit, piece in zip(units, pieces, strict=True):
+        out[unit.query] = piece
     return out
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, unit: Unit, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """The rows of one unit: [batch * rows, Hq, Dv]."""
+    q = query[unit.query] if isinstance(unit.query, slice) else query.index_select(0, unit.query)
+    k, v = _gather(keys, unit), _gather(values, unit)
+    q = q.view(unit.batch, unit.rows, *query.shape[1:])
+    if softcap is None and sinks is None:
+        result = _fused(q, k, v, unit, scale)
+    else:
+        result = _explicit(q, k, v, unit, scale, softcap, sinks)
+    return result.reshape(unit.batch * unit.rows, query.shape[1], values.shape[-1])
 
 
 def _gather(cache: Tensor, unit: Unit) -> Tensor:

@@ -24,6 +24,8 @@ class Part(Protocol):
     """A run of rows [row, row + rows) of a packed pass."""
 
     rows: int
+    adapted: bool  # whether any row uses an adapter
+    keeps_products: bool  # whether `keep_product` does anything
 
     def segments(self, site: Site, row: int) -> list[LoraSegment]: ...
 
@@ -31,7 +33,7 @@ class Part(Protocol):
         """x [rows, H], the input of `layer`."""
 
     def keep_product(self, site: Site, product: Tensor) -> None:
-        """product [rows, out], before the adapters' terms."""
+        """product [rows, out], before the adapters' terms. Called only if the part keeps products."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
         """q [Hq, rows, D], k, v [Hkv, rows, D] -> [rows, Hq, Dv]"""
@@ -46,16 +48,18 @@ class PackedPass:
         for part in self.parts:
             starts.append(starts[-1] + part.rows)
         self._placed = list(zip(self.parts, starts[:-1], starts[1:], strict=True))
+        self._adapted = [(part, start) for part, start, _ in self._placed if part.adapted]
+        self._keeping = [placed for placed in self._placed if placed[0].keeps_products]
         self.rows = starts[-1]
 
     def segments(self, site: Site) -> list[LoraSegment]:
-        return [segment for part, start, _ in self._placed for segment in part.segments(site, start)]
+        return [segment for part, start in self._adapted for segment in part.segments(site, start)]
 
     def stored(self, site: Site) -> Tensor | None:
         return None
 
     def keep(self, site: Site, product: Tensor) -> None:
-        for part, start, end in self._placed:
+        for part, start, end in self._keeping:
             part.keep_product(site, product[start:end])
 
     def keep_input(self, layer: int, x: Tensor) -> None:
@@ -76,6 +80,7 @@ class SweepPart:
     def __init__(self, sweep: Sweep, start: int, end: int) -> None:
         self.sweep, self.start, self.end = sweep, start, end
         self.rows = end - start
+        self.adapted, self.keeps_products = True, sweep.save and sweep.backward
         self._spans = sweep.spans(start, end)
         self._masks = MaskCache(sweep.dtype, sweep.device)
 
@@ -86,8 +91,7 @@ class SweepPart:
         self.sweep.keep_input(layer, self.start, x)
 
     def keep_product(self, site: Site, product: Tensor) -> None:
-        if self.sweep.save and self.sweep.backward:
-            self.sweep.keep_product(site.layer, site, self.start, product)
+        self.sweep.keep_product(site.layer, site, self.start, product)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
         self.sweep.keep_kv(layer, self.start, k, v)
@@ -100,7 +104,7 @@ class SweepPart:
             seen = slice(span.first, span.end)
             mask = self._masks.get(span.start - span.first, span.end - span.start, score.sliding_window)
             out, lse = attention_forward(q[:, rows], store.k[:, seen], store.v[:, seen], mask, score, sinks)
-            if self.sweep.save and self.sweep.backward:
+            if self.keeps_products:
                 self.sweep.keep_attention(layer, span.start, out, lse)
             pieces.append(out.transpose(0, 1))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -57,6 +57,10 @@ class Frame:
         self._model = _with_module(model, base_name, self._base)
         self._parameter = next(model.parameters())
 
+    @property
+    def device(self) -> torch.device:
+        return self._parameter.device
+
     def set_layer_output(self, output: Any) -> None:
         """Learn from one real layer whether the model's layers return a tuple or a tensor."""
         self._returns_tuple = isinstance(output, tuple)

@@ -50,27 +50,29 @@ class GenerationPart:
         self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
         self._slots = torch.tensor(slots, dtype=torch.int64, device=device)
 
+        self._adapters = self._neighbours()
+        self.adapted, self.keeps_products = bool(self._adapters), False
+
+    def _neighbours(self) -> list[tuple[int, int, PairOf]]:
+        """Rows [start, end) of each adapter; neighbouring runs of one adapter together."""
+        found: list[tuple[int, int, PairOf]] = []
+        for run, start, end in zip(self._runs, self._starts[:-1], self._starts[1:], strict=True):
+            if run.pair is None:
+                continue
+            if found and found[-1][1] == start and found[-1][2] == run.pair:
+                found[-1] = (found[-1][0], end, run.pair)
+            else:
+                found.append((start, end, run.pair))
+        return found
+
     @property
     def last_rows(self) -> list[int]:
         """The row of each run's newest token."""
         return [end - 1 for end in self._starts[1:]]
 
     def segments(self, site: Site, row: int) -> list[LoraSegment]:
-        found: list[LoraSegment] = []
-        owner: PairOf | None = None
-        for run, start, end in zip(self._runs, self._starts[:-1], self._starts[1:], strict=True):
-            if run.pair is None:
-                owner = None
-                continue
-            if run.pair is owner and found and found[-1].end == row + start:
-                last = found.pop()
-                found.append(LoraSegment(last.start, row + end, last.a, last.b, last.scaling))
-                continue
-            pair = run.pair(site)
-            if pair is not None:
-                found.append(LoraSegment(row + start, row + end, *pair))
-            owner = run.pair
-        return found
+        found = ((start, end, pair_of(site)) for start, end, pair_of in self._adapters)
+        return [LoraSegment(row + start, row + end, *pair) for start, end, pair in found if pair is not None]
 
     def keep_input(self, layer: int, x: Tensor) -> None:
         return None

@@ -18,6 +18,7 @@ from coserve.kernels.lora import LoraSegment, lora_add
 from coserve.server.engine.attention import UnsupportedModel
 from coserve.server.engine.frame import Frame, LayerCall
 from coserve.server.engine.product import FrozenProduct, packing_available
+from coserve.server.engine.siblings import sibling_linears
 from coserve.server.training.peft.sites import Site
 
 _SLICE_ROWS = 16384  # vocabulary rows of one slice of the head
@@ -45,30 +46,58 @@ class _Binding:
     def __init__(self) -> None:
         self.current: Pass | None = None
 
+    @property
+    def current_pass(self) -> Pass:
+        if self.current is None:
+            raise RuntimeError("a linear layer was called outside of a pass")
+        return self.current
+
+
+class LinearGroup:
+    """Linear layers that are given the same rows: the first one called computes the product of all."""
+
+    def __init__(self, product: FrozenProduct, sites: Sequence[Site], binding: _Binding) -> None:
+        self.sites, self._product, self._binding = tuple(sites), product, binding
+        self._input: tuple[Tensor, int] | None = None  # the rows at hand, and their version when they were read
+        self._results: dict[int, Tensor] = {}  # what was computed of them and not taken yet
+
+    def result(self, member: int, x: Tensor) -> Tensor:
+        """x [1, T, in] -> rows [T, out] of that member, before the adapters' terms."""
+        known = self._input is not None and self._input[0] is x and self._input[1] == x._version
+        if not known or member not in self._results:
+            self._compute(x)
+        y = self._results.pop(member)
+        if not self._results:
+            self._input = None
+        return y
+
+    def _compute(self, x: Tensor) -> None:
+        rows = x.reshape(-1, self.sites[0].in_features)
+        stored = [self._binding.current_pass.stored(site) for site in self.sites]
+        known = [part for part in stored if part is not None]
+        self._results = dict(enumerate(self._product(rows, known if len(known) == len(stored) else None)))
+        self._input = (x, x._version)
+
 
 class AdapterLinear(nn.Module):
     """A frozen linear layer to whose rows the pass's adapters are added."""
 
-    def __init__(self, product: FrozenProduct, site: Site, binding: _Binding) -> None:
+    def __init__(self, group: LinearGroup, member: int, weight: Tensor, binding: _Binding) -> None:
         super().__init__()
-        self.product, self.site, self._binding = product, site, binding
-        self.in_features, self.out_features = site.in_features, site.out_features
-
-    @property
-    def weight(self) -> Tensor:
-        """[out, in]; some modeling code looks at its dtype."""
-        return self.product.weight
+        self.site = group.sites[member]
+        self._group, self._member, self._binding = group, member, binding
+        self.in_features, self.out_features = self.site.in_features, self.site.out_features
+        # Some modeling code looks at shape, dtype and device of a weight. Its values are in the group's product.
+        self.weight = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, T, in] -> [1, T, out]"""
-        rows, current = x.reshape(-1, self.in_features), self._binding.current
-        if current is None:
-            raise RuntimeError(f"{self.site.name} was called outside of a pass")
-        y = self.product(rows, current.stored(self.site))
+        current = self._binding.current_pass
+        y = self._group.result(self._member, x)
         current.keep(self.site, y)
         segments = current.segments(self.site)
         if segments:
-            y = lora_add(y, rows, segments)
+            y = lora_add(y, x.reshape(-1, self.in_features), segments)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -87,7 +116,7 @@ class Head(nn.Module):
         self.slices = [slice(a, b) for a, b in itertools.pairwise(borders)]
         self._products = [
             FrozenProduct(
-                linear.weight[part], None if linear.bias is None else linear.bias[part],
+                [linear.weight[part]], [None if linear.bias is None else linear.bias[part]],
                 pack=pack, pack_transposed=pack_transposed,
             )
             for part in self.slices
@@ -102,13 +131,10 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., V], or [..., rows of the selected slice]"""
         if self.selected is not None:
-            return self._products[self.selected](x)
+            return self._products[self.selected](x)[0]
         if len(self._products) == 1:
-            return self._products[0](x)
-        out = x.new_empty(*x.shape[:-1], self._weight.shape[0])
-        for part, product in zip(self.slices, self._products, strict=True):
-            out[..., part] = product(x)
-        return out
+            return self._products[0](x)[0]
+        return torch.cat([product(x)[0] for product in self._products], -1)
 
 
 class BaseModel:
@@ -130,7 +156,8 @@ class BaseModel:
         first = next(model.parameters())
         self.dtype, self.device = first.dtype, first.device
         self._binding = _Binding()
-        self.sites: tuple[Site, ...] = tuple(self._wrap_linears(training))
+        siblings = sibling_linears(Frame(model, self.base_name, "layers"), self.layers)
+        self.sites: tuple[Site, ...] = tuple(self._wrap_linears(siblings, training))
         self.head = self._wrap_head(training)
         self.frame = Frame(model, self.base_name, "layers")
 
@@ -174,19 +201,25 @@ class BaseModel:
         finally:
             self.head.selected = None
 
-    def _wrap_linears(self, training: bool) -> list[Site]:
-        sites = []
+    def _wrap_linears(self, siblings: list[list[list[str]]], training: bool) -> list[Site]:
+        sites: list[Site] = []
         for index, layer in enumerate(self.layers):
             for name, parameter in layer.named_parameters():
                 if parameter.dim() > 2:
                     raise UnsupportedModel(f"layer {index} holds its weights in a {parameter.dim()}-D tensor ({name})")
+            linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
             prefix = f"{self.base_name}.layers.{index}."
-            linears = [(name, m) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
-            for name, linear in linears:
-                site = Site(prefix + name, index, linear.in_features, linear.out_features)
-                wrapped = AdapterLinear(self._product(linear, training), site, self._binding)
-                layer.set_submodule(name, wrapped)
-                sites.append(site)
+            of_name = {name: Site(prefix + name, index, m.in_features, m.out_features) for name, m in linears.items()}
+            called = {name for names in siblings[index] for name in names}
+            if called != set(linears):
+                unused = ", ".join(sorted(set(linears) - called))
+                raise UnsupportedModel(f"layer {index} does not always use its linear layers ({unused})")
+            for names in siblings[index]:
+                group = LinearGroup(self._product([linears[name] for name in names], training),
+                                    [of_name[name] for name in names], self._binding)  # fmt: skip
+                for member, name in enumerate(names):
+                    layer.set_submodule(name, AdapterLinear(group, member, linears[name].weight, self._binding))
+            sites += of_name.values()
         return sites
 
     def _wrap_head(self, training: bool) -> Head:
@@ -201,9 +234,12 @@ class BaseModel:
                 return head
         raise UnsupportedModel("its output head is not one of its modules")
 
-    def _product(self, linear: nn.Linear, training: bool) -> FrozenProduct:
-        pack = packing_available(linear.weight.dtype, linear.weight.device)
-        return FrozenProduct(linear.weight, linear.bias, pack=pack, pack_transposed=pack and training)
+    @staticmethod
+    def _product(linears: Sequence[nn.Linear], training: bool) -> FrozenProduct:
+        weights = [linear.weight for linear in linears]
+        pack = packing_available(weights[0].dtype, weights[0].device)
+        biases = [linear.bias for linear in linears]
+        return FrozenProduct(weights, biases, pack=pack, pack_transposed=pack and training)
 
 
 def _refuse_dynamic_rope(config: object) -> None:

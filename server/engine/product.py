@@ -1,66 +1,81 @@
 """Products with frozen weights: y = x Wᵀ + b forward and dx = dy W backward, in the quickest form the device has.
 
-On a CPU in float32 a weight is packed once into oneDNN's blocked layout, and its transpose too when the
-engine trains. Measured on two cores (AVX-512, hidden 640): 0.68 ms packed against 1.70 ms plain for 64 rows
-through 2048x640, and 15 ms against 41 ms for one row through a 262144x640 head. Nothing is stored for the
-weight's own gradient: it has none.
+Weights that are applied to the same rows (query, key and value; gate and up) stand below each other in one
+product. On a CPU in float32 it is packed once into oneDNN's blocked layout, and its transpose too when the engine
+trains. Measured on two cores (AVX-512, Gemma 3 270M, weights not in the cache): all products of the decoder layers
+take 23.5 ms plain, 15.6 ms packed and 12.7 ms packed and joined for one row, 41.4, 20.3 and 17.5 ms for 16 rows.
+Nothing is stored for the weight's own gradient: it has none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A single row through a small weight is quicker unpacked (0.07 against 0.08 ms for 2048x640); past the last
-# level cache the packed form wins at one row too. A size rule, not a timing, so that a restart repeats bits.
-_PACK_ONE_ROW_ELEMENTS = 4 * 2**20
-
 
 class FrozenProduct:
-    """x Wᵀ + b for one frozen weight W [out, in] and optional bias b [out]."""
+    """x Wᵀ + b for frozen weights W_i [out_i, in] with optional biases b_i [out_i], as one product over Σ out_i."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, pack: bool, pack_transposed: bool) -> None:
-        self.weight = weight.detach()
-        self.bias = None if bias is None else bias.detach()
-        self._packed = _pack(self.weight) if pack else None
-        self._packed_transposed = _pack(self.weight.t().contiguous()) if pack_transposed else None
-        self._pack_one_row = weight.numel() >= _PACK_ONE_ROW_ELEMENTS
+    def __init__(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, pack: bool, pack_transposed: bool
+    ) -> None:
+        self.widths = [weight.shape[0] for weight in weights]
+        weight = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
+        self._bias = _join_biases(weights, biases)
+        self._packed = _pack(weight) if pack else None
+        self._packed_transposed = _pack(weight.t().contiguous()) if pack_transposed else None
+        # The plain form is kept only where it is used.
+        self._weight = None if pack and pack_transposed else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], same dtype."""
-        if self._packed is not None and self._many(x):
-            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+        """x [..., in] -> [..., Σ out], same dtype."""
+        if self._packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, self._bias, "none", [], "")
+        return F.linear(x, self._plain(), self._bias)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        """dy [..., out] -> dx [..., in], same dtype."""
-        if self._packed_transposed is not None and self._many(dy):
+        """dy [..., Σ out] -> dx [..., in], same dtype."""
+        if self._packed_transposed is not None:
             return torch.ops.mkldnn._linear_pointwise(dy.contiguous(), self._packed_transposed, None, "none", [], "")
-        return dy @ self.weight
+        return dy @ self._plain()
 
-    def __call__(self, x: Tensor, stored: Tensor | None = None) -> Tensor:
-        """Differentiable in x. With `stored` (the rows' own earlier result) the forward product is not repeated."""
+    def __call__(self, x: Tensor, stored: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+        """x [..., in] -> one [..., out_i] a weight; views of one tensor. Differentiable in x.
+
+        With `stored` (the rows' own earlier results) the forward product is not repeated.
+        """
         if torch.is_grad_enabled() and x.requires_grad:
-            return _Product.apply(x, self, stored)
-        return self.forward(x) if stored is None else stored
+            return tuple(_Product.apply(x, self, stored))
+        return self.split(self.forward(x)) if stored is None else tuple(stored)
 
-    def _many(self, x: Tensor) -> bool:
-        return self._pack_one_row or x.numel() > x.shape[-1]
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """[..., Σ out] -> one view [..., out_i] a weight."""
+        return (y,) if len(self.widths) == 1 else y.split(self.widths, -1)
+
+    def _plain(self) -> Tensor:
+        if self._weight is None:
+            raise RuntimeError("the plain weight was given up for its packed forms")
+        return self._weight
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, product: FrozenProduct, stored: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, product: FrozenProduct, stored: Sequence[Tensor] | None
+    ) -> tuple[Tensor, ...]:
         ctx.product = product
-        # A view, never the stored tensor itself: autograd would mark it as its own output.
-        return product.forward(x) if stored is None else stored.view_as(stored)
+        if stored is None:
+            return product.split(product.forward(x))
+        # Views, never the stored tensors themselves: autograd would mark them as its own output.
+        return tuple(part.view_as(part) for part in stored)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return ctx.product.input_gradient(dy), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.product.input_gradient(grads[0] if len(grads) == 1 else torch.cat(grads, -1)), None, None
 
 
 def packing_available(dtype: torch.dtype, device: torch.device) -> bool:
@@ -70,3 +85,11 @@ def packing_available(dtype: torch.dtype, device: torch.device) -> bool:
 
 def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+
+
+def _join_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat(
+        [w.new_zeros(w.shape[0]) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
+    )

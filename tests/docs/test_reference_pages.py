@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from tiny_models import SMALL, tiny_config
 from transformers import AutoConfig
 
 from coserve.server.api.auth import route_table
+from coserve.server.api.errors import _CODES as STATUS_CODES
 from coserve.server.api.errors import ApiError
 from coserve.server.api.generating import _FAILURES
 from coserve.server.api.generation_params import refuse_unsupported
@@ -91,6 +93,25 @@ def test_the_fields_of_a_job_and_their_defaults(number, defaults):
 def test_every_failure_of_a_sequence_is_in_the_reference():
     named = {name for row in table("api.md", "Errors") for name in re.findall(r"`(\w+)`", row[1])}
     assert set(_FAILURES) <= named
+
+
+def test_every_error_code_of_the_http_side_is_in_the_reference():
+    named = {name for row in table("api.md", "Errors") for name in re.findall(r"`(\w+)`", row[1])}
+    used = set(STATUS_CODES.values()) - {"not_found", "conflict"}  # the bare ones, where a route has none of its own
+    for source in [*(ROOT / "server" / "api").glob("*.py"), *(ROOT / "server" / "gateway").glob("*_service.py")]:
+        for call in ast.walk(ast.parse(source.read_text())):
+            if isinstance(call, ast.Call):
+                refusal = getattr(call.func, "id", None) in (
+                    "Invalid",
+                    "NotFound",
+                    "Conflict",
+                    "QueueFull",
+                    "Unavailable",
+                )
+                given = [word.value for word in call.keywords if word.arg == "code"] + call.args[1:2] * refusal
+                used |= {one.value for one in given if isinstance(one, ast.Constant) and one.value}
+    assert len(used) > 30
+    assert used <= named
 
 
 def test_every_metric_of_the_engine_is_in_the_reference():

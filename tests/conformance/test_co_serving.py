@@ -261,6 +261,20 @@ def test_a_published_version_serves_the_next_request_and_old_streams_keep_theirs
     assert_greedy_equal(oracle_model(folder, versions[1]), ids, new.choices[0].token_ids)
 
 
+def test_prefix_hits_never_cross_a_salt_or_a_version(server, client, tmp_path):
+    upload_adapter(server, "fixed", save_adapter(tmp_path / "fixed", "gemma3_text", 4, seed=30))
+    ids = prompt(50, 31)
+    seen = []
+    for model, salt in (("tiny", "a"), ("tiny", "a"), ("tiny", "b"), ("fixed", "a"), ("fixed", "a")):
+        answer = client.completions.create(
+            model=model, prompt=ids, max_tokens=12, temperature=0, extra_body={**EXACT, "cache_salt": salt}
+        )
+        seen.append((answer.usage.prompt_tokens_details.cached_tokens, tuple(answer.choices[0].token_ids)))
+    assert [cached for cached, _ in seen] == [0, 48, 0, 0, 48]
+    assert len({tokens for _, tokens in seen[:3]}) == len({tokens for _, tokens in seen[3:]}) == 1
+    assert seen[0][1] != seen[3][1]
+
+
 def test_two_tenants_with_an_adapter_of_the_same_name(server, folder, tmp_path):
     with server.http() as http:
         keys = [

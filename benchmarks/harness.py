@@ -61,8 +61,8 @@ def _model(value: str) -> Path:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """For every process that computes: OpenMP threads that sleep while they wait, and as many as are told."""
-    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    """For every process that computes: as many threads as are told, and the libraries' own defaults otherwise."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
 
 
 # --------------------------------------------------------------------------- workers
@@ -167,7 +167,7 @@ def machine(threads: int, more: dict[str, str] | None = None) -> dict[str, str]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "absent"
-    facts["commit"] = _commit()
+    facts["commit"] = commit()
     return {**facts, **(more or {})}
 
 
@@ -183,7 +183,7 @@ def _cpu_name() -> str:
     return platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=10"],

@@ -94,9 +94,9 @@ def prepare(settings: Settings) -> Server:
 def child_environment(settings: Settings) -> dict[str, str]:
     """The environment of both children; what the user has set stands."""
     environment = dict(os.environ)
-    # OpenMP threads that spin at a barrier cost every other process of the machine its cores: with one busy
-    # neighbour on two cores a decode step took 1164 ms instead of 265 ms, and alone it gains nothing
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP threads spin at a barrier for about a tenth of a millisecond, not for three as by default; the engine
+    # makes it shorter still while others want the cores (server/engine/cores.py)
+    environment.setdefault("GOMP_SPINCOUNT", "10000")
     # Large tensors stay in the heap instead of being mapped, zeroed and given back at every use: 8% of a training
     # step on two cores, a third of its page faults.
     environment.setdefault("MALLOC_MMAP_MAX_", "0")

@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from coserve.server.engine.adapter_pool import Weights
+from coserve.server.engine.cores import work_alone
 
 
 def weights_bytes(weights: Weights) -> int:
@@ -97,6 +98,7 @@ class AdapterLoader:
             self._cached_bytes -= weights_bytes(oldest)
 
     def _run(self) -> None:
+        work_alone()
         while (order := self._orders.get()) is not None:
             digest, path = order
             try:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from coserve.server.engine.cores import work_alone
+from coserve.server.training.fault import fault_of
 from coserve.server.training.peft.folder import AdapterError, read_folder, version_digest
 from coserve.server.training.peft.sites import Site
 from coserve.server.wire.messages import AdapterChecked, CheckAdapter
+
+log = logging.getLogger("coserve.engine")
 
 
 class FolderCheck:
@@ -18,7 +23,7 @@ class FolderCheck:
         self, data_dir: Path, sites: Sequence[Site], base_digest: str, fits: Callable[[dict], str | None]
     ) -> None:
         self._data_dir, self._sites, self._base_digest, self._fits = data_dir, sites, base_digest, fits
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="coserve-check")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="coserve-check", initializer=work_alone)
         self._waiting: list[Future[AdapterChecked]] = []
 
     def start(self, message: CheckAdapter) -> None:
@@ -31,6 +36,14 @@ class FolderCheck:
         return [future.result() for future in done]
 
     def _check(self, message: CheckAdapter) -> AdapterChecked:
+        """Whatever a folder makes of the reader, it is an answer."""
+        try:
+            return self._read(message)
+        except Exception as error:
+            log.exception("the folder %s could not be checked", message.path)
+            return AdapterChecked(message.call_id, f"the adapter cannot be checked: {fault_of(error).message}", None)
+
+    def _read(self, message: CheckAdapter) -> AdapterChecked:
         folder = self._data_dir / message.path
         try:
             config, weights = read_folder(folder, self._sites, self._base_digest)

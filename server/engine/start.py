@@ -15,6 +15,7 @@ from coserve.server.engine.adapter_pool import AdapterPool, Weights
 from coserve.server.engine.adapters import AdapterBook, too_large
 from coserve.server.engine.calibration import Calibration
 from coserve.server.engine.checking import FolderCheck
+from coserve.server.engine.cores import CoreSharing
 from coserve.server.engine.intake import Intake
 from coserve.server.engine.iterations import IterationLog
 from coserve.server.engine.kv_cache import KVCache, block_bytes
@@ -56,7 +57,9 @@ def build_engine(options: EngineOptions, heartbeat: Heartbeat) -> tuple[Engine, 
     adapters = AdapterBook(pool, loader, options.data_dir)
 
     calibrated = RequestBook(blocks, 1.0, 1.0)
-    calibration = Calibration(model, Runner(model, cache, calibrated, adapters), calibrated, loaded.max_model_len)
+    cores = CoreSharing() if model.device.type == "cpu" else None
+    trial = Runner(model, cache, calibrated, adapters, cores)
+    calibration = Calibration(model, trial, calibrated, loaded.max_model_len)
     step = calibration.measure(options.window())
     itl, ttft = _promises(options, step)
     scheduler = Scheduler(SchedulerConfig(itl_seconds=itl))
@@ -82,7 +85,7 @@ def build_engine(options: EngineOptions, heartbeat: Heartbeat) -> tuple[Engine, 
 
     intake = Intake(socket, ready, requests, adapters, trainer, checks, iterations, loaded.max_model_len)
     stats = StatsClock(socket, requests, trainer, pool, iterations, lambda: fixed)
-    runner = Runner(model, cache, requests, adapters)
+    runner = Runner(model, cache, requests, adapters, cores)
     engine = Engine(
         socket, intake, requests, adapters, trainer, scheduler, runner, iterations, stats,
         max_running=options.running(), max_adapters=adapters.capacity, beat=heartbeat.beat,

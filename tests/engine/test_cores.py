@@ -1,0 +1,114 @@
+"""When the engine's OpenMP threads spin and when they sleep."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from coserve.server.engine.cores import CoreSharing, ThreadTime, read_thread_time, work_alone
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Machine:
+    """A clock, and a kernel that counts what the process gets of the cores."""
+
+    def __init__(self) -> None:
+        self.now = self.running = self.waiting = 0.0
+
+    def pass_time(self, seconds: float, share: float, cores: CoreSharing) -> None:
+        for _ in range(round(seconds / 0.05)):
+            self.now += 0.05
+            self.running += 0.1 * (1 - share)
+            self.waiting += 0.1 * share
+            cores.adjust()
+
+
+@pytest.fixture
+def machine():
+    return Machine()
+
+
+@pytest.fixture
+def cores(machine):
+    made = CoreSharing(lambda: machine.now, lambda: ThreadTime(machine.running, machine.waiting))
+    yield made
+    made.close()
+
+
+def idle_teams() -> int:
+    return sum(thread.name == "coserve-idle-team" for thread in threading.enumerate())
+
+
+def test_threads_sleep_while_the_cores_are_crowded_and_spin_again_after_a_calm(machine, cores):
+    machine.pass_time(5, 0.02, cores)
+    assert not cores.crowded and idle_teams() == 0
+    machine.pass_time(0.2, 0.5, cores)
+    assert cores.crowded and idle_teams() == 1
+    machine.pass_time(10, 0.1, cores)  # not crowded enough to begin with, and not calm either
+    assert cores.crowded
+    machine.pass_time(1.5, 0.0, cores)
+    assert cores.crowded
+    machine.pass_time(1.0, 0.0, cores)
+    assert not cores.crowded and idle_teams() == 0
+
+
+def test_a_return_that_goes_wrong_makes_the_next_calm_longer(machine, cores):
+    machine.pass_time(0.2, 0.5, cores)
+    machine.pass_time(2.5, 0.0, cores)
+    assert not cores.crowded
+    machine.pass_time(0.2, 0.5, cores)  # spinning brought the neighbour's load back
+    assert cores.crowded
+    machine.pass_time(3.5, 0.0, cores)
+    assert cores.crowded
+    machine.pass_time(1.5, 0.0, cores)
+    assert not cores.crowded
+
+
+def test_without_the_kernels_counters_threads_sleep(machine):
+    cores = CoreSharing(lambda: machine.now, lambda: None)
+    assert cores.crowded and idle_teams() == 1
+    cores.close()
+    assert idle_teams() == 0
+
+
+def test_one_thread_has_nobody_to_wait_for(machine):
+    torch.set_num_threads(1)
+    cores = CoreSharing(lambda: machine.now, lambda: ThreadTime(machine.running, machine.waiting))
+    machine.pass_time(1, 0.9, cores)
+    assert not cores.crowded
+    cores.close()
+
+
+def test_the_kernel_counts_running_threads():
+    before = read_thread_time()
+    if before is None:
+        pytest.skip("this kernel keeps no schedstat")
+    end = time.monotonic() + 0.2
+    while time.monotonic() < end:
+        pass
+    after = read_thread_time()
+    assert after is not None
+    assert 0.02 < (after.running - before.running) + (after.waiting - before.waiting) < 2.0
+
+
+def test_a_side_thread_works_alone_and_leaves_the_others_their_teams():
+    sizes = []
+
+    def side() -> None:
+        work_alone()
+        sizes.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=side)
+    thread.start()
+    thread.join()
+    assert sizes == [1] and torch.get_num_threads() == 2

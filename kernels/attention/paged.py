@@ -67,14 +67,21 @@ def paged_batch(
     prefill.sort(key=lambda tile: counts[tile[0]] - contexts[tile[0]] - tile[1])
     wide = max((len(table) for table in tables), default=0)
     padded = [number for table in tables for number in [*table, *[0] * (wide - len(table))]]
-    parts = [padded, contexts, starts, counts, [n for t in prefill for n in t], [n for t in decode for n in t]]
+    tiles = [[n for tile in kind for n in tile] for kind in (prefill, decode)]
+    parts = [padded, list(contexts), list(starts), list(counts), *tiles]
     packed = torch.tensor([n for part in parts for n in part], dtype=torch.int32).to(device, non_blocking=True)
     on_device = packed.split([len(part) for part in parts])
     return PagedBatch(
-        block_size, on_device[0].view(len(contexts), -1) if contexts else on_device[0].view(0, 0), *on_device[1:4],
-        prefill=on_device[4].view(-1, 2), decode=on_device[5].view(-1, 2), tile_rows=tile_rows,
+        block_size=block_size,
+        tables=on_device[0].view(len(contexts), wide),
+        contexts=on_device[1],
+        starts=on_device[2],
+        counts=on_device[3],
+        prefill=on_device[4].view(-1, 2),
+        decode=on_device[5].view(-1, 2),
+        tile_rows=tile_rows,
         longest_decode=max((c for c, n in zip(contexts, counts, strict=True) if n == 1), default=0),
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------- kernels

@@ -17,12 +17,14 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from coserve.kernels.attention import paged  # noqa: E402
+from coserve.kernels.layer import kernel as layer  # noqa: E402
 from coserve.kernels.lora import kernel as lora  # noqa: E402
 
 SHARED_BYTES = 227 * 1024  # of one multiprocessor, sm_90
 ATOMIC = re.compile(r"^\s*(@%p\d+ )?(atom|red)\.", re.MULTILINE)
 # Pointers by name: to the model's dtype, to float32, to int32. Every other argument is an int32 or a constant.
-MODEL = {"x", "y", "flat", "right", "query", "keys", "values"}
+MODEL = {"x", "y", "flat", "right", "query", "keys", "values",
+         "dx", "dy", "weight", "cos", "sin", "gate", "up", "d_gate", "d_up"}  # fmt: skip
 FLOATS = {"hidden", "parts", "scaling", "part_out", "part_max", "part_sum", "sinks"}
 INTS = {"rows", "blocks", "chunks", "chunk_starts", "numbers", "index", "spans",
         "tables", "contexts", "starts", "counts", "tiles"}  # fmt: skip
@@ -49,7 +51,18 @@ KERNELS = {
     "prefill 256": (paged._attend, "bf16", "bf16", heads(256, 16, 1)),
     "decode 128": (paged._attend, "bf16", "bf16", heads(128, 4, 4)),
     "combine": (paged._combine, "bf16", "bf16", {"VALUE_DIM": 128, "BLOCK_V": 128, "SINKS": True, "SPLITS": 16}),
+    "rms_norm": (layer._rms_norm, "bf16", "bf16", {"UNIT_OFFSET": False, "BLOCK": 4096}),
+    "rms_norm_backward": (layer._rms_norm_backward, "bf16", "bf16", {"UNIT_OFFSET": True, "BLOCK": 4096}),
+    "rope": (
+        layer._rope, "bf16", "bf16",
+        {"ROTARY": 96, "DIM": 128, "BACKWARD": True, "HEADS": 8, "HALF": 64, "REST": 32},
+    ),
+    "gated": (layer._gated, "bf16", "bf16", {"ACTIVATION": "gelu", "BLOCK": 1024}),
+    "gated_backward": (layer._gated_backward, "bf16", "bf16", {"ACTIVATION": "gelu_tanh", "BLOCK": 1024}),
 }  # fmt: skip
+# What multiplies no matrices.
+ELEMENTWISE = (lora._add_chunks, paged._combine, layer._rms_norm, layer._rms_norm_backward, layer._rope, layer._gated,
+               layer._gated_backward)  # fmt: skip
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -61,7 +74,7 @@ def test_compiles_for_sm90(name, tmp_path, monkeypatch):
     def kind(argument):
         if argument in constants:
             return "constexpr"
-        if argument in ("scale", "softcap"):
+        if argument in ("scale", "softcap", "eps"):
             return "fp32"
         pointed = {
             **dict.fromkeys(MODEL, model),
@@ -77,5 +90,5 @@ def test_compiles_for_sm90(name, tmp_path, monkeypatch):
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= SHARED_BYTES
     assert not ATOMIC.search(compiled.asm["ptx"])
-    if model == "bf16" and name not in ("add_chunks", "combine"):
+    if model == "bf16" and function not in ELEMENTWISE:
         assert "mma" in compiled.asm["ptx"]  # the matrix unit, not multiply-adds one by one

@@ -27,8 +27,9 @@ from coserve.server.engine.head import head_steps
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.packing import sweep_state
 from coserve.server.engine.requests import Request, RequestBook
-from coserve.server.engine.runner import Runner
+from coserve.server.engine.runner import YIELDED, Runner
 from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
+from coserve.server.training.fault import OUT_OF_MEMORY
 from coserve.server.training.peft.sites import Site
 from coserve.server.wire.messages import Generate, SamplingParams
 
@@ -150,6 +151,11 @@ class Calibration:
         clock = time.perf_counter()
         outcome = self._runner.run(plan, sweeps)
         seconds = time.perf_counter() - clock
+        if outcome.disturbed:
+            faults = [*outcome.failed.values(), *outcome.lost.values()]
+            if all(fault.code in (OUT_OF_MEMORY, YIELDED.code) for fault in faults):
+                raise MemoryError("the iterations that the engine times at its start do not fit in memory")
+            raise RuntimeError(f"the iterations that the engine times at its start failed: {faults}")
         for request, sampled in outcome.sampled:
             self._requests.deliver(request, sampled, 0.0)
         if teach:

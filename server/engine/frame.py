@@ -67,11 +67,13 @@ class Frame:
 
     def begin(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, list[LayerCall]]:
         """input_ids, positions int64 [T] -> input of layer 0 [1, T, H] and the call of every layer."""
+        self._forget()
         self._base(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
         return self._take()
 
     def calls(self, positions: Tensor) -> list[LayerCall]:
         """The layers' calls for rows at `positions` int64 [T], without their hidden states."""
+        self._forget()
         blank = self._parameter.new_zeros(1, 1, 1).expand(1, positions.shape[0], self._hidden_size)
         self._base(inputs_embeds=blank, position_ids=positions[None], use_cache=False)
         return self._take()[1]
@@ -97,10 +99,14 @@ class Frame:
 
     def _take(self) -> tuple[Tensor, list[LayerCall]]:
         first, recorded = self._first_input, self._recorded
-        self._first_input, self._recorded = None, []
+        self._forget()
         if first is None or len(recorded) != len(self._layers):
             raise RuntimeError(f"the model called {len(recorded)} of its {len(self._layers)} decoder layers")
         return first, recorded
+
+    def _forget(self) -> None:
+        """Also what a call that ended in an exception has recorded."""
+        self._first_input, self._recorded = None, []
 
 
 def _with_module(module: nn.Module, name: str, child: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 
 from coserve.server.engine.adapters import AdapterBook
 from coserve.server.engine.checking import FolderCheck
+from coserve.server.engine.containment import attempt
 from coserve.server.engine.iterations import IterationLog
 from coserve.server.engine.requests import Request, RequestBook
 from coserve.server.engine.trainer import Trainer
@@ -108,7 +109,9 @@ class Intake:
                 )
             )  # fmt: skip
         else:
-            self._requests.add(message)
+            fault = attempt(f"request {message.request_id}", lambda: self._requests.add(message))
+            if fault is not None:
+                self._socket.send(Failed(message.request_id, fault.code, fault.message))
 
     def _abort(self, message: Abort) -> None:
         request = self._requests.get(message.request_id)

@@ -34,6 +34,11 @@ def stored_row_bytes(model: BaseModel) -> tuple[int, int]:
     return recompute * model.dtype.itemsize, save * model.dtype.itemsize
 
 
+def lean_window(window: int) -> int:
+    """Rows of a unit where memory ran out under `window`."""
+    return min(window, max(16, window // 4))
+
+
 def sweep_state(
     sweep_id: int, sweep: Sweep, model: BaseModel, window: int, jobs: tuple[SweepJob, ...] = ()
 ) -> SweepState:

@@ -1,6 +1,7 @@
 """Carries out a plan: one packed forward over decodes, prompt chunks and rides, then the training units.
 
-It may assume that the plan fits the books (blocks, windows, residency). It never decides what runs.
+It may assume that the plan fits the books (blocks, windows, residency). It never decides what runs, except that what
+does not fit in memory, or raises, is left out (`relief`): nothing is booked before it is whole, so the rest goes on.
 """
 
 from __future__ import annotations
@@ -15,18 +16,24 @@ from torch import Tensor
 from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Plan, Unit
 from coserve.server.engine.adapters import AdapterBook
 from coserve.server.engine.backward import run_backward_unit
+from coserve.server.engine.containment import attempt
+from coserve.server.engine.cores import CoreSharing
 from coserve.server.engine.forward import PackedPass, SweepPart, finish_window, run_packed, run_sweep_layers
 from coserve.server.engine.generation import GenerationPart, RowRun
 from coserve.server.engine.head import run_head_unit
 from coserve.server.engine.iterations import Work
 from coserve.server.engine.kv_cache import KVCache
 from coserve.server.engine.model import BaseModel
+from coserve.server.engine.relief import Load, Relief, apart, smaller
 from coserve.server.engine.requests import Request, RequestBook
 from coserve.server.engine.sampler import Sampled, sample, token_logprobs
 from coserve.server.engine.sweep import Sweep
+from coserve.server.training.fault import INTERNAL, OUT_OF_MEMORY, Fault
 from coserve.server.wire.messages import TokenLogprob
 
 _LOGIT_ROWS = 64  # logit rows at a time: a row of a 262k vocabulary is a megabyte
+YIELDED = Fault("yielded", "generation needed the memory")
+_NOT_FINITE = "the adapter makes the model's values infinite or not a number; train it again with a lower learning rate"
 
 
 @dataclass(slots=True)
@@ -36,25 +43,49 @@ class Outcome:
     sampled: list[tuple[Request, Sampled]] = field(default_factory=list)
     work: Work = field(default_factory=Work)
     parts: dict[int | str, float] = field(default_factory=dict)  # seconds: "forward", and by index in plan.units
+    failed: dict[str, Fault] = field(default_factory=dict)  # requests that end here
+    lost: dict[int, Fault] = field(default_factory=dict)  # sweeps that hold nothing any more: their steps begin anew
+    disturbed: bool = False  # something did not run as planned: the seconds say nothing of the plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What the rows of a request said, before anything is booked."""
+
+    request: Request
+    rows: int
+    prompt_logprobs: list[TokenLogprob | None]
+    sampled: Sampled | None  # None: its tokens have not all run
 
 
 class Runner:
     """Runs plans on one model and cache."""
 
-    def __init__(self, model: BaseModel, cache: KVCache, requests: RequestBook, adapters: AdapterBook) -> None:
-        self.model, self._cache = model, cache
+    def __init__(
+        self, model: BaseModel, cache: KVCache, requests: RequestBook, adapters: AdapterBook,
+        cores: CoreSharing | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self._cache, self._cores = model, cache, cores
         self._requests, self._adapters = requests, adapters
 
     def run(self, plan: Plan, sweeps: Mapping[int, Sweep]) -> Outcome:
-        """Requests of the plan must be admitted (hold `SequenceBlocks`); what ran is committed to them."""
+        """Requests of the plan must be admitted (hold `SequenceBlocks`); what ran is committed to them.
+
+        Raises only what leaves nothing to go on with: the device is lost, or the books contradict each other.
+        """
+        if self._cores is not None:
+            self._cores.adjust()
         outcome = Outcome()
         began = time.perf_counter()
-        self._forward(plan, sweeps, outcome)
+        loads = [Load(plan.decodes, plan.prefills, plan.rides)]
+        while loads:
+            loads[:1] = self._forward_or_relief(loads[0], sweeps, outcome)
         for index, unit in enumerate(plan.units):
             ended = self._clock()
             outcome.parts["forward" if index == 0 else index - 1] = ended - began
             began = ended
-            self._unit(unit, sweeps[unit.sweep_id], outcome.work)
+            if unit.sweep_id not in outcome.lost:
+                self._unit_or_loss(unit, sweeps[unit.sweep_id], outcome)
         outcome.parts[len(plan.units) - 1 if plan.units else "forward"] = self._clock() - began
         if not (plan.decodes or plan.prefills or plan.rides):
             outcome.parts.pop("forward", None)
@@ -67,9 +98,43 @@ class Runner:
 
     # ------------------------------------------------------------------ the packed forward
 
-    def _forward(self, plan: Plan, sweeps: Mapping[int, Sweep], outcome: Outcome) -> None:
-        scheduled = self._scheduled(plan)
-        rides = [(sweeps[ride.sweep_id], ride.tokens) for ride in plan.rides]
+    def _forward_or_relief(self, load: Load, sweeps: Mapping[int, Sweep], outcome: Outcome) -> tuple[Load, ...]:
+        """Runs a load; if that fails, gives up what `relief` says. Returns the loads to run instead."""
+        fault = attempt("a packed forward", lambda: self._forward(load, sweeps, outcome))
+        if fault is None:
+            return ()
+        outcome.disturbed = True
+        if load.rides:
+            self._lose({ride.sweep_id: sweeps[ride.sweep_id] for ride in load.rides}, fault, outcome)
+            return (Load(load.decodes, load.prefills),)
+        if fault.code != OUT_OF_MEMORY:
+            return self._relieve(apart(load), fault, outcome)
+        held = {sweep_id: sweep for sweep_id, sweep in sweeps.items() if sweep.holds_memory}
+        if held:
+            self._lose(held, YIELDED, outcome)
+            return (load,)
+        return self._relieve(smaller(load), fault, outcome)
+
+    def _relieve(self, relief: Relief, fault: Fault, outcome: Outcome) -> tuple[Load, ...]:
+        if relief.failed is not None:
+            outcome.failed[relief.failed] = fault
+        if relief.halved is not None:
+            request = self._requests.get(relief.halved.request_id)
+            if request is not None:
+                request.chunk = relief.halved.tokens
+        return tuple(load for load in relief.loads if not load.empty)
+
+    @staticmethod
+    def _lose(sweeps: Mapping[int, Sweep], fault: Fault, outcome: Outcome) -> None:
+        outcome.disturbed = True
+        for sweep_id, sweep in sweeps.items():
+            sweep.release()
+            outcome.lost.setdefault(sweep_id, fault)
+
+    def _forward(self, load: Load, sweeps: Mapping[int, Sweep], outcome: Outcome) -> None:
+        """Books nothing unless the whole pass is through, and then each sweep's rows and each request's by itself."""
+        scheduled = self._scheduled(load)
+        rides = [(sweeps[ride.sweep_id], ride.tokens) for ride in load.rides]
         if not scheduled and not rides:
             return
         runs = [self._row_run(request, rows) for request, rows in scheduled]
@@ -80,24 +145,34 @@ class Runner:
         positions = [generation.positions] + [part.sweep.positions[part.start : part.end] for part in parts]
         packed = PackedPass([generation, *parts])
         hidden = run_packed(self.model, torch.cat(ids), torch.cat(positions), packed)
+        readings = self._read(scheduled, hidden[: generation.rows], outcome)
         row = generation.rows
-        for part in parts:
-            finish_window(part.sweep, hidden[row : row + part.rows])
+        for ride, part in zip(load.rides, parts, strict=True):
+            self._finish_ride(ride.sweep_id, part, hidden[row : row + part.rows], outcome)
             row += part.rows
-            outcome.work.train_forward += part.rows
-            outcome.work.adapters.update(f"job:{step.job_id}" for step in part.sweep.steps)
-        self._deliver_rows(scheduled, hidden[: generation.rows], outcome)
+        for reading in readings:
+            self._commit(reading, outcome)
 
-    def _scheduled(self, plan: Plan) -> list[tuple[Request, int]]:
+    def _finish_ride(self, sweep_id: int, part: SweepPart, hidden: Tensor, outcome: Outcome) -> None:
+        """hidden [rows, H] of a sweep's window."""
+        fault = attempt("a training window", lambda: finish_window(part.sweep, hidden))
+        if fault is not None:
+            self._lose({sweep_id: part.sweep}, fault, outcome)
+            return
+        outcome.work.train_forward += part.rows
+        outcome.work.adapters.update(f"job:{step.job_id}" for step in part.sweep.steps)
+
+    def _scheduled(self, load: Load) -> list[tuple[Request, int]]:
         """(request, rows), neighbours by adapter."""
-        wanted = [(request_id, 1) for request_id in plan.decodes] + [(p.request_id, p.tokens) for p in plan.prefills]
+        wanted = [(request_id, 1) for request_id in load.decodes] + [(p.request_id, p.tokens) for p in load.prefills]
         found = []
         for request_id, rows in wanted:
             request = self._requests.get(request_id)
             if request is None or request.blocks is None:
                 raise RuntimeError(f"the plan names {request_id}, which is not running")
-            # A prefix hit at admission may have left less to run than was planned.
-            found.append((request, min(rows, len(request.tokens) - request.computed)))
+            # A prefix hit at admission may have left less to run than was planned, and memory may allow less.
+            left = len(request.tokens) - request.computed
+            found.append((request, min(rows, left, request.chunk or rows)))
         return sorted(found, key=lambda item: item[0].version)
 
     def _row_run(self, request: Request, rows: int) -> RowRun:
@@ -112,40 +187,68 @@ class Runner:
     def _token_ids(scheduled: list[tuple[Request, int]]) -> list[int]:
         return [t for request, rows in scheduled for t in request.tokens[request.computed : request.computed + rows]]
 
-    def _deliver_rows(self, scheduled: list[tuple[Request, int]], hidden: Tensor, outcome: Outcome) -> None:
-        """hidden [rows, H] of the generation rows: count them, sample where a sequence has run all its tokens."""
+    def _read(self, scheduled: list[tuple[Request, int]], hidden: Tensor, outcome: Outcome) -> list[_Reading]:
+        """hidden [rows, H] of the generation rows: log-probabilities and new tokens, nothing booked yet."""
+        finite = bool(torch.isfinite(hidden.sum()))
         row, ends, complete = 0, [], []
+        prompts: list[list[TokenLogprob | None]] = []
+        kept: list[tuple[Request, int]] = []
         for request, rows in scheduled:
-            kind = "decode" if request.output and len(request.tokens) - request.computed == 1 else "prefill"
-            setattr(outcome.work, kind, getattr(outcome.work, kind) + rows)
-            if request.version:
-                outcome.work.adapters.add(request.version)
-            if request.wants_prompt_logprobs:
-                self._prompt_logprobs(request, hidden[row : row + rows])
-            self._requests.commit(request, rows)
+            of_request = hidden[row : row + rows]
             row += rows
-            if request.computed == len(request.tokens):
+            if not finite and not bool(torch.isfinite(of_request).all()):
+                outcome.failed[request.id] = _not_finite(request)
+                outcome.disturbed = True
+                continue
+            kept.append((request, rows))
+            prompts.append(self._prompt_logprobs(request, of_request) if request.wants_prompt_logprobs else [])
+            if request.computed + rows == len(request.tokens):
                 ends.append(row - 1)
                 complete.append(request)
+        sampled: dict[str, Sampled] = {}
         for start in range(0, len(ends), _LOGIT_ROWS):
             chunk = slice(start, start + _LOGIT_ROWS)
-            sampled = sample(self.model.logits(hidden[ends[chunk]]), [r.row for r in complete[chunk]])
-            outcome.sampled += zip(complete[chunk], sampled, strict=True)
+            tokens = sample(self.model.logits(hidden[ends[chunk]]), [r.row for r in complete[chunk]])
+            sampled.update(zip((r.id for r in complete[chunk]), tokens, strict=True))
+        return [
+            _Reading(request, rows, logprobs, sampled.get(request.id))
+            for (request, rows), logprobs in zip(kept, prompts, strict=True)
+        ]
 
-    def _prompt_logprobs(self, request: Request, hidden: Tensor) -> None:
+    def _commit(self, reading: _Reading, outcome: Outcome) -> None:
+        """Count a request's rows and take its token."""
+        request, rows, work = reading.request, reading.rows, outcome.work
+        if request.output and len(request.tokens) - request.computed == 1:
+            work.decode += rows
+        else:
+            work.prefill += rows
+        if request.version:
+            work.adapters.add(request.version)
+        request.prompt_logprobs += reading.prompt_logprobs
+        self._requests.commit(request, rows)
+        if reading.sampled is not None:
+            outcome.sampled.append((request, reading.sampled))
+
+    def _prompt_logprobs(self, request: Request, hidden: Tensor) -> list[TokenLogprob | None]:
         """hidden [rows, H] of a prompt chunk: row i predicts the token after it."""
         first = request.computed
-        if first == 0:
-            request.prompt_logprobs.append(None)
+        found: list[TokenLogprob | None] = [None] if first == 0 else []
         following = list(request.message.prompt_ids[first + 1 : first + 1 + hidden.shape[0]])
         top = request.message.sampling.prompt_logprobs or 0
         for start in range(0, len(following), _LOGIT_ROWS):
             targets = following[start : start + _LOGIT_ROWS]
             logits = self.model.logits(hidden[start : start + len(targets)])
             for entry in token_logprobs(logits, targets, top):
-                request.prompt_logprobs.append(TokenLogprob(entry.token_id, float(entry.logprob or 0.0), entry.top))
+                found.append(TokenLogprob(entry.token_id, float(entry.logprob or 0.0), entry.top))
+        return found
 
     # ------------------------------------------------------------------ training units
+
+    def _unit_or_loss(self, unit: Unit, sweep: Sweep, outcome: Outcome) -> None:
+        """A unit that ends half-way has added to sums that others share: its sweep is lost, and nothing else."""
+        fault = attempt("a training unit", lambda: self._unit(unit, sweep, outcome.work))
+        if fault is not None:
+            self._lose({unit.sweep_id: sweep}, fault, outcome)
 
     def _unit(self, unit: Unit, sweep: Sweep, work: Work) -> None:
         work.units += 1
@@ -164,3 +267,7 @@ class Runner:
             rows, first = sweep.partial_rows or unit.tokens, sweep.partial_layer
             run_sweep_layers(self.model, sweep, unit.tokens, unit.layers)
             work.train_forward += rows * min(unit.layers, sweep.layers - first) / sweep.layers
+
+
+def _not_finite(request: Request) -> Fault:
+    return Fault("adapter_invalid", _NOT_FINITE) if request.version else Fault(INTERNAL, "the values are not finite")

@@ -92,9 +92,10 @@ class Sweep:
 
     def __init__(
         self, sequences: Sequence[TrainSequence], *, layers: int, dtype: torch.dtype, device: torch.device,
-        save: bool = False, backward: bool = True,
+        save: bool = False, backward: bool = True, lean: bool = False,
     ) -> None:  # fmt: skip
         self.layers, self.dtype, self.device, self.save, self.backward = layers, dtype, device, save, backward
+        self.lean = lean  # its windows are small, because memory ran out before
         self.sequences = sorted(sequences, key=lambda s: s.step.job_id)  # a job's rows are one LoRA segment
         self._lay_out()
         self.store = [LayerStore() for _ in range(layers)]
@@ -233,6 +234,16 @@ class Sweep:
             self.dy = None
 
     # ------------------------------------------------------------------ leaving
+
+    @property
+    def holds_memory(self) -> bool:
+        """Whether anything of the forward is stored."""
+        return any(store.x is not None for store in self.store) or self.dy is not None
+
+    def release(self) -> None:
+        """Give up everything that is stored: the sweep is over, whatever it still had to do."""
+        self.store = []
+        self.final = self.dy = self.dk = self.dv = self.head_batch = None
 
     def drop(self, job_id: str) -> None:
         """Take a job's sequences out at a unit's border; the others' rows move together and lose nothing."""

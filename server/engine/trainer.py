@@ -8,55 +8,33 @@ engine's loop: `tick` moves finished side work back into it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from torch import Tensor
-
 from coserve.scheduler.state import SweepJob, SweepState
 from coserve.server.engine.adapter_pool import AdapterPool, PoolFull
+from coserve.server.engine.containment import attempt
+from coserve.server.engine.cores import work_alone
+from coserve.server.engine.live_sweeps import LiveSweeps
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.options import EngineOptions
-from coserve.server.engine.packing import split_batch, stored_row_bytes, sweep_state
-from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
+from coserve.server.engine.runner import YIELDED
+from coserve.server.engine.running_job import RunningJob
+from coserve.server.engine.sweep import Sweep
 from coserve.server.training.batches import Batch
+from coserve.server.training.fault import OUT_OF_MEMORY, Fault
 from coserve.server.training.job import JobError, JobOver, TrainingJob
 from coserve.server.training.peft.lora import LoraPair
-from coserve.server.training.peft.sites import Site
 from coserve.server.wire.messages import JobEvent
 
 log = logging.getLogger("coserve.engine")
 
-
-class _TrainingCopy:
-    """A job's adapter in the pool, as it is while the step's tokens run."""
-
-    def __init__(self, pool: AdapterPool, key: str) -> None:
-        self._pool, self._key = pool, key
-
-    def pair(self, site: Site) -> tuple[Tensor, Tensor, float] | None:
-        return self._pool.tensors(self._key, site.name)
-
-
-@dataclass(slots=True)
-class _RunningJob:
-    job_id: str
-    side: Future[Any] | None = None  # side work under way
-    then: Callable[[Any], None] | None = None  # what follows it, in the loop
-    job: TrainingJob | None = None
-    batch: Batch | None = None
-    step: JobStep | None = None
-    waiting: list[list[TrainSequence]] = field(default_factory=list)  # parts of the batch that are in no sweep yet
-    sweeps: int = 0  # live sweeps with rows of this job
-    stop: str | None = None  # "pause" | "cancel", asked for
-    again: bool = False  # started anew while it was stopping
-
-    @property
-    def key(self) -> str:
-        return f"job:{self.job_id}"
+_FAULTS_ALLOWED = 1  # in one step: it is run once more, with the least memory
+_FIRST_REST, _LONGEST_REST = 1.0, 30.0  # seconds without training, after it gave its memory to generation
 
 
 class Trainer:
@@ -67,20 +45,22 @@ class Trainer:
     ) -> None:
         self._model, self._pool, self._options = model, pool, options
         self._base_digest, self._base_name = base_digest, base_name
-        self._jobs: dict[str, _RunningJob] = {}
+        self._jobs: dict[str, RunningJob] = {}
         self._events: SimpleQueue[JobEvent] = SimpleQueue()
-        self._side = ThreadPoolExecutor(1, thread_name_prefix="coserve-training")
-        self.sweeps: dict[int, Sweep] = {}
-        self._next_sweep = 0
-        recompute, save = stored_row_bytes(model)
-        self._rows_save = max(1, options.activation_bytes() // save)
-        self._rows_recompute = max(1, options.activation_bytes() // recompute)
+        self._side = ThreadPoolExecutor(1, thread_name_prefix="coserve-training", initializer=work_alone)
+        self._live = LiveSweeps(model, options)
+        self._rest, self._rest_until = _FIRST_REST, 0.0
 
     # ------------------------------------------------------------------ commands
 
     @property
     def job_ids(self) -> tuple[str, ...]:
         return tuple(self._jobs)
+
+    @property
+    def sweeps(self) -> Mapping[int, Sweep]:
+        """What the runner works on."""
+        return self._live.by_id
 
     @property
     def busy(self) -> bool:
@@ -93,7 +73,7 @@ class Trainer:
         if running is not None:
             running.again = running.stop == "pause"
             return
-        self._jobs[job_id] = running = _RunningJob(job_id)
+        self._jobs[job_id] = running = RunningJob(job_id)
         self._aside(running, lambda: self._open(job_id), lambda job: self._opened(running, job))
 
     def stop(self, job_id: str, *, pause: bool) -> None:
@@ -123,35 +103,34 @@ class Trainer:
         """Take back finished side work, retire finished sweeps, start the steps that are due."""
         for running in list(self._jobs.values()):
             if running.side is not None and running.side.done():
-                self._take_back(running, running.side)
-        for sweep_id, sweep in list(self.sweeps.items()):
+                self._guarded(running, partial(self._take_back, running, running.side))
+        for sweep_id, sweep in list(self._live.by_id.items()):
             if sweep.done:
-                del self.sweeps[sweep_id]
+                del self._live.by_id[sweep_id]
+                self._rest = _FIRST_REST
                 self._sweep_done(sweep)
         for running in list(self._jobs.values()):
-            self._advance(running)
-        self._new_sweeps()
+            self._guarded(running, partial(self._advance, running))
+        if time.monotonic() >= self._rest_until:
+            self._new_sweeps()
 
-    def _take_back(self, running: _RunningJob, side: Future[Any]) -> None:
-        """Go on after side work. An error nobody foresaw ends that job, never the engine."""
-        then, error = running.then, side.exception()
-        running.side = running.then = None
-        if error is None:
-            if then is not None:
-                then(side.result())
-            return
-        log.error("job %s: unexpected error", running.job_id, exc_info=error)
-        job = running.job
-        self._leave_sweeps(running)
-        if job is None or job.state == "failed":
-            self._forget(running)
-        else:
-            self._aside(running, lambda: job.fail("internal_error", f"An internal error ended the job: {error}"), None)
+    def _guarded(self, running: RunningJob, work: Callable[[], None]) -> None:
+        """An error nobody foresaw ends the job that it is about, never the engine."""
+        fault = attempt(f"job {running.job_id}", work)
+        if fault is not None:
+            self._fail(running, fault)
+
+    def _take_back(self, running: RunningJob, side: Future[Any]) -> None:
+        """Go on after side work. Raises what it raised."""
+        then, running.side, running.then = running.then, None, None
+        result = side.result()
+        if then is not None:
+            then(result)
 
     def states(self) -> tuple[SweepState, ...]:
-        return tuple(self._state(sweep_id, sweep) for sweep_id, sweep in self.sweeps.items())
+        return tuple(self._state(sweep_id, sweep) for sweep_id, sweep in self._live.by_id.items())
 
-    def _advance(self, running: _RunningJob) -> None:
+    def _advance(self, running: RunningJob) -> None:
         job = running.job
         if job is None or running.side is not None or running.sweeps:
             return
@@ -160,44 +139,28 @@ class Trainer:
         elif job.state != "running":
             # Over, or out of disk space: the gateway starts it again, from its newest checkpoint.
             self._forget(running)
+        elif running.key not in self._pool:
+            self._place(running, job)
         elif running.batch is None:
             self._aside(running, job.next_batch, lambda batch: self._next(running, batch))
 
-    def _next(self, running: _RunningJob, batch: Batch | None) -> None:
-        if batch is None or running.job is None or running.stop is not None:
-            return
-        adapter = running.job.spec.adapter
-        step = JobStep(
-            running.job_id, _TrainingCopy(self._pool, running.key), batch.loss_tokens,
-            dropout=adapter.dropout, dropout_key=(running.job.spec.seed, batch.step),
-        )  # fmt: skip
-        sequences = [TrainSequence(step, row.input_ids, row.labels, row.sequence) for row in batch.rows]
-        running.batch, running.step = batch, step
-        running.waiting = split_batch(sequences, self._rows_recompute)
+    def _next(self, running: RunningJob, batch: Batch | None) -> None:
+        if batch is not None and running.stop is None:
+            running.begin(self._pool, batch, self._live.most_rows)
 
     def _new_sweeps(self) -> None:
-        """One new sweep of everything that is due, unless a sweep is still on its way forward."""
-        due = [running for running in self._jobs.values() if running.waiting and running.stop is None]
+        """Sweeps of everything that is due, as far as what they will store fits the activations' memory."""
+        due = [running for running in self._jobs.values() if running.due]
         while due:
-            sequences: list[TrainSequence] = []
-            kinds: set[str] = set()
-            for running in list(due):
-                batch, rows = running.batch, sum(len(s.input_ids) for s in sequences)
-                more = sum(len(s.input_ids) for s in running.waiting[0])
-                if batch is None or (sequences and (rows + more > self._rows_recompute or batch.kind not in kinds)):
-                    continue
-                kinds.add(batch.kind)
-                sequences += running.waiting.pop(0)
-                running.sweeps += 1
-                due.remove(running)
-            rows = sum(len(s.input_ids) for s in sequences)
-            policy = self._options.activations
-            save = policy == "save" or (policy == "auto" and rows <= self._rows_save)
-            self.sweeps[self._next_sweep] = Sweep(
-                sequences, layers=self._model.layer_count, dtype=self._model.dtype, device=self._model.device,
-                save=save, backward=kinds == {"train"},
-            )  # fmt: skip
-            self._next_sweep += 1
+            group = self._live.group(due)
+            if not self._live.fits(group):
+                return
+            fault = attempt("a new sweep", partial(self._live.start, group))
+            if fault is not None:
+                for running in group:
+                    self._again(running, fault)
+                return
+            due = [running for running in due if running not in group]
 
     def _sweep_done(self, sweep: Sweep) -> None:
         for step in sweep.steps:
@@ -209,6 +172,7 @@ class Trainer:
                 continue
             batch, job = running.batch, running.job
             running.batch = running.step = None
+            running.faults = 0
             if running.stop is not None:
                 continue
             if batch.kind == "train":
@@ -227,11 +191,57 @@ class Trainer:
                     None,
                 )
 
-    def _refresh(self, running: _RunningJob) -> None:
+    def _refresh(self, running: RunningJob) -> None:
         """The training copy is rounded again from the master weights after each step."""
         if running.job is not None and running.key in self._pool:
             for name, pair in running.job.params.items():
                 self._pool.overwrite(running.key, name, pair.a, pair.b)
+
+    # ------------------------------------------------------------------ faults
+
+    def lose(self, lost: Mapping[int, Fault]) -> None:
+        """These sweeps have given up what they held: the steps of their jobs begin anew, in less memory."""
+        if YIELDED in lost.values():
+            self._rest_until, self._rest = time.monotonic() + self._rest, min(2 * self._rest, _LONGEST_REST)
+        for sweep_id, fault in lost.items():
+            sweep = self._live.by_id.pop(sweep_id, None)
+            for step in sweep.steps if sweep is not None else ():
+                running = self._jobs.get(step.job_id)
+                if running is not None and running.step is step:
+                    self._again(running, fault)
+
+    def _again(self, running: RunningJob, fault: Fault) -> None:
+        """Run a job's step once more: by itself, in small parts and windows, keeping the least. Twice is enough."""
+        batch, job, known = running.batch, running.job, running.lean
+        self._leave_sweeps(running)
+        if batch is None or job is None or running.stop is not None:
+            return
+        running.lean = True
+        running.faults += fault is not YIELDED
+        if running.faults > _FAULTS_ALLOWED:
+            self._fail(running, fault)
+        elif known:
+            running.begin(self._pool, batch, self._live.most_rows)
+        else:
+            why = "memory ran out" if fault.code in (OUT_OF_MEMORY, YIELDED.code) else "an internal error"
+            text = f"Step {batch.step} is run again, and this and later steps in smaller parts: {why}"
+            running.batch = batch
+            self._aside(running, partial(job.warn, text), lambda _: self._next(running, batch))
+
+    def _fail(self, running: RunningJob, fault: Fault) -> None:
+        job, step = running.job, running.batch.step if running.batch is not None else None
+        self._leave_sweeps(running)
+        if job is None or job.state not in ("running", "paused"):
+            self._forget(running)
+            return
+        message = "An internal error ended the job; the server's log has the cause."
+        if fault.code == OUT_OF_MEMORY:
+            where = f" in step {step}, also in small parts" if running.faults > _FAULTS_ALLOWED else ""
+            message = (
+                f"Memory ran out{where}. Train on shorter rows (training.max_length) or with a smaller rank, or start "
+                "the server with a smaller --kv-memory, --adapter-memory or --train-window."
+            )
+        self._aside(running, partial(job.fail, fault.code, message), None)
 
     # ------------------------------------------------------------------ opening and leaving
 
@@ -247,13 +257,13 @@ class Trainer:
             log.warning("job %s does not run: %s", job_id, error)
             return None
 
-    def _opened(self, running: _RunningJob, job: TrainingJob | None) -> None:
+    def _opened(self, running: RunningJob, job: TrainingJob | None) -> None:
         if job is None:
             self._jobs.pop(running.job_id, None)
-            return
         running.job = job
-        if running.stop is not None:
-            return
+
+    def _place(self, running: RunningJob, job: TrainingJob) -> None:
+        """Put a job's training copy into the pool, as soon as there is room."""
         wanted = self._pool.pages_wanted(job.params)
         if wanted > self._pool.num_pages:
             size, have = wanted * self._pool.page_bytes, self._pool.num_pages * self._pool.page_bytes
@@ -261,34 +271,39 @@ class Trainer:
                 f"The adapter needs {size} bytes of adapter memory and the server has {have}; use a smaller rank or "
                 "fewer target modules, or start the server with a larger --adapter-memory."
             )
-            self._aside(running, lambda: job.fail("adapter_too_large", message), None)
+            self._aside(running, partial(job.fail, "adapter_too_large", message), None)
             return
         try:
             self._pool.load(running.key, job.params, pinned=True, fold_scaling=False)
         except PoolFull:
-            # Adapters in use hold the pool: try again when the loop comes round.
-            self._aside(running, lambda: None, lambda _: self._opened(running, job))
-            running.job = None
+            log.debug("job %s waits for adapters in use to leave the pool", running.job_id)
 
-    def _leave_sweeps(self, running: _RunningJob) -> None:
-        for sweep_id, sweep in list(self.sweeps.items()):
-            if any(step.job_id == running.job_id for step in sweep.steps):
-                sweep.drop(running.job_id)
-                if not sweep.sequences:
-                    del self.sweeps[sweep_id]
-        running.sweeps, running.batch, running.step, running.waiting = 0, None, None, []
+    def _leave_sweeps(self, running: RunningJob) -> None:
+        running.drop_step()
+        for sweep_id, sweep in list(self._live.by_id.items()):
+            if sweep_id not in self._live.by_id or all(step.job_id != running.job_id for step in sweep.steps):
+                continue
+            others = [step for step in sweep.steps if step.job_id != running.job_id]
+            fault = attempt("taking a job out of a sweep", partial(sweep.drop, running.job_id)) if others else None
+            if others and fault is None:
+                continue
+            del self._live.by_id[sweep_id]
+            for step in others:  # its rows are part old, part new: nobody can go on with it
+                other = self._jobs.get(step.job_id)
+                if other is not None and other.step is step and fault is not None:
+                    self._again(other, fault)
 
-    def _forget(self, running: _RunningJob) -> None:
+    def _forget(self, running: RunningJob) -> None:
+        self._jobs.pop(running.job_id, None)
         if running.key in self._pool:
             self._pool.unpin(running.key)
             self._pool.unload(running.key)
-        if running.job is not None:
-            running.job.close()
-        self._jobs.pop(running.job_id, None)
         if running.again:
             self.start(running.job_id)
+        if running.job is not None:
+            running.job.close()
 
-    def _aside(self, running: _RunningJob, work: Callable[[], Any], then: Callable[[Any], None] | None) -> None:
+    def _aside(self, running: RunningJob, work: Callable[[], Any], then: Callable[[Any], None] | None) -> None:
         running.side, running.then = self._side.submit(work), then
 
     def _on_event(self, job_id: str, seq: int, record: dict[str, Any]) -> None:
@@ -297,4 +312,4 @@ class Trainer:
     def _state(self, sweep_id: int, sweep: Sweep) -> SweepState:
         jobs = [self._jobs[step.job_id].job for step in sweep.steps if step.job_id in self._jobs]
         known = tuple(SweepJob(job.job_id, job.tenant, job.weight, job.priority) for job in jobs if job is not None)
-        return sweep_state(sweep_id, sweep, self._model, self._options.window(), known)
+        return self._live.state(sweep_id, known)

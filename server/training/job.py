@@ -16,9 +16,16 @@ import torch
 
 from coserve.server.training.batches import Batch, BatchSource
 from coserve.server.training.checkpoint import CheckpointState
-from coserve.server.training.durable import is_storage_full
-from coserve.server.training.events import EventLog, Record
-from coserve.server.training.opening import JobError, JobOver, Opened, open_parts
+from coserve.server.training.events import Record
+from coserve.server.training.opening import (
+    NO_ROOM,
+    JobError,
+    JobOver,
+    Opened,
+    open_parts,
+    opening_failure,
+    record_failure,
+)
 from coserve.server.training.optimizer import AdamW, lr_at
 from coserve.server.training.peft.lora import LoraPair
 from coserve.server.training.peft.sites import Site
@@ -27,7 +34,6 @@ from coserve.server.training.records import JobRecords, OnEvent
 log = logging.getLogger("coserve.training")
 
 MAX_CONSECUTIVE_SKIPS = 5
-NO_ROOM = "Fine-tuning job paused: there is no room left on the disk"
 __all__ = ["JobError", "JobOver", "TrainingJob"]
 
 
@@ -90,21 +96,16 @@ class TrainingJob:
         folder = data_dir / "jobs" / job_id
         try:
             parts = open_parts(data_dir, job_id, sites, base_digest, device, compute_dtype, vocab_size)
-        except JobError as error:
-            if folder.is_dir():
-                _record(folder / "events.jsonl", job_id, on_event, "failed", "error", error.message,
-                        {"code": error.code, "message": error.message})  # fmt: skip
+            job = cls(parts, data_dir, base_digest, base_model_name, weight, on_event)
+        except JobOver:
             raise
-        except OSError as error:
-            if is_storage_full(error):
-                _record(folder / "events.jsonl", job_id, on_event, "paused", "warn", NO_ROOM,
-                        {"step": 0, "reason": "storage_full"})  # fmt: skip
-                raise JobError("storage_full", NO_ROOM) from error
-            message = f"The job's files cannot be used: {error.strerror}."
-            _record(folder / "events.jsonl", job_id, on_event, "failed", "error", message,
-                    {"code": "storage_error", "message": message})  # fmt: skip
-            raise JobError("storage_error", message) from error
-        job = cls(parts, data_dir, base_digest, base_model_name, weight, on_event)
+        except Exception as error:
+            failure = opening_failure(error)
+            if folder.is_dir():
+                record_failure(folder / "events.jsonl", job_id, on_event, failure)
+            if failure is error:
+                raise
+            raise failure from error
         job._begin(parts)
         return job
 
@@ -230,6 +231,12 @@ class TrainingJob:
             data = {"code": code, "message": message, "step": self.step,
                     "checkpoint": self._records.newest_checkpoint()}  # fmt: skip
             self._end("failed", "failed", "error", message, data)
+
+    def warn(self, message: str) -> None:
+        """Tell the job's tenant of something that does not end it."""
+        if self.state == "running":
+            self._records.emit_later("warning", "warn", message, {"step": self.step})
+            self._flush()
 
     def close(self) -> None:
         """Give the event file back; the job must not be used afterwards."""
@@ -369,20 +376,3 @@ class TrainingJob:
     def _expect(self, batch: Batch, kind: str, step: int) -> None:
         if (batch.kind, batch.step) != (kind, step):
             raise ValueError(f"job {self.job_id} expects {kind} of step {step}, not {batch.kind} of step {batch.step}")
-
-
-def _record(
-    path: Path, job_id: str, on_event: OnEvent | None, kind: str, level: str, message: str, data: Record
-) -> None:
-    """Write one event of a job that could not be opened, if its event file can be."""
-    try:
-        events = EventLog(path)
-        try:
-            seq, record = events.append(kind, level, message, data)
-        finally:
-            events.close()
-    except OSError as error:
-        log.error("job %s cannot write its event %r: %s", job_id, kind, error)
-        return
-    if on_event is not None:
-        on_event(job_id, seq, record)

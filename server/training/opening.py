@@ -5,6 +5,7 @@ Files may be missing, damaged or from another base model; the answer is then a J
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,19 @@ import torch
 from coserve.server.training.batches import BatchSource
 from coserve.server.training.checkpoint import CheckpointError, CheckpointState, CheckpointStore
 from coserve.server.training.dataset import DatasetError, TokenRows
-from coserve.server.training.events import EventLog
+from coserve.server.training.durable import is_storage_full
+from coserve.server.training.events import EventLog, Record
+from coserve.server.training.fault import fault_of
 from coserve.server.training.peft.folder import AdapterError, read_folder
 from coserve.server.training.peft.lora import LoraConfig, LoraWeights, cast_weights, init_lora
 from coserve.server.training.peft.patterns import PatternError
 from coserve.server.training.peft.sites import Site
+from coserve.server.training.records import OnEvent
 from coserve.server.training.spec import MAX_SPEC_BYTES, JobSpec, SpecError, parse_spec
 
+log = logging.getLogger("coserve.training")
+
+NO_ROOM = "Fine-tuning job paused: there is no room left on the disk"
 TERMINAL = ("finished", "failed", "cancelled")
 
 
@@ -150,3 +157,35 @@ def _initial(data_dir: Path, spec: JobSpec, sites: Sequence[Site], base_digest: 
     except PatternError as error:
         raise JobError("unsupported_value", f"target_modules cannot be used: {error}") from error
     return config, init_lora(sites, config, spec.seed)
+
+
+def opening_failure(error: Exception) -> JobError:
+    """Why a job could not be opened."""
+    if isinstance(error, JobError):
+        return error
+    if isinstance(error, OSError):
+        if is_storage_full(error):
+            return JobError("storage_full", NO_ROOM)
+        return JobError("storage_error", f"The job's files cannot be used: {error.strerror}.")
+    log.error("a job could not be opened", exc_info=error)
+    fault = fault_of(error)
+    return JobError(fault.code, f"The job could not be opened: {fault.message}.")
+
+
+def record_failure(path: Path, job_id: str, on_event: OnEvent | None, failure: JobError) -> None:
+    """The event of a job that could not be opened, if its event file can be written."""
+    kind, level = "failed", "error"
+    data: Record = {"code": failure.code, "message": failure.message}
+    if failure.code == "storage_full":
+        kind, level, data = "paused", "warn", {"step": 0, "reason": "storage_full"}
+    try:
+        events = EventLog(path)
+        try:
+            seq, record = events.append(kind, level, failure.message, data)
+        finally:
+            events.close()
+    except OSError as error:
+        log.error("job %s cannot write its event %r: %s", job_id, kind, error)
+        return
+    if on_event is not None:
+        on_event(job_id, seq, record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -33,10 +34,13 @@ READY_SECONDS = 60
 
 
 class EngineProcess:
-    """Context manager. `settings` are those of the supervisor's settings file."""
+    """Context manager. `settings` are those of the supervisor's settings file; `environment` is added to ours."""
 
-    def __init__(self, model: Path, data_dir: Path, **settings: Any) -> None:
+    def __init__(
+        self, model: Path, data_dir: Path, *, environment: dict[str, str] | None = None, **settings: Any
+    ) -> None:
         self.data_dir = data_dir
+        self._environment = environment or {}
         data_dir.mkdir(parents=True, exist_ok=True)
         self._run = tempfile.TemporaryDirectory(prefix="cs-")
         folder = Path(self._run.name)
@@ -66,8 +70,12 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def start(self) -> None:
-        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", **self._environment}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "coserve.server.engine", "--settings", str(self._settings)],
             env=environment, stdout=self._log, stderr=self._log,
@@ -93,6 +101,15 @@ class EngineProcess:
         if self._socket is not None:
             self._socket.close()
         self._pending = b""
+
+    def limit_memory(self, more_bytes: int) -> None:
+        """From now on the process gets at most `more_bytes` of address space beside what it has."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + more_bytes
+        resource.prlimit(self.pid, resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+
+    def unlimit_memory(self) -> None:
+        resource.prlimit(self.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     def log(self) -> str:
         self._log.flush()
@@ -120,7 +137,10 @@ class EngineProcess:
         """Receive and file messages until `until(message)` is true."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            message = self.receive(timeout=max(0.1, deadline - time.monotonic()))
+            try:
+                message = self.receive(timeout=max(0.1, deadline - time.monotonic()))
+            except TimeoutError:
+                break
             if isinstance(message, Tokens):
                 self.tokens.setdefault(message.request_id, []).append(message)
             elif isinstance(message, JobEvent):

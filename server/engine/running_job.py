@@ -1,0 +1,72 @@
+"""A job in the engine's hands, between its files and the sweeps: plain state that only the trainer changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from coserve.server.engine.adapter_pool import AdapterPool
+from coserve.server.engine.packing import split_batch
+from coserve.server.engine.sweep import JobStep, TrainSequence
+from coserve.server.training.batches import Batch
+from coserve.server.training.job import TrainingJob
+from coserve.server.training.peft.sites import Site
+
+_LEAN_PARTS = 4  # of a step whose memory ran out
+
+
+class TrainingCopy:
+    """A job's adapter in the pool, as it is while the step's tokens run."""
+
+    def __init__(self, pool: AdapterPool, key: str) -> None:
+        self._pool, self._key = pool, key
+
+    def pair(self, site: Site) -> tuple[Tensor, Tensor, float] | None:
+        return self._pool.tensors(self._key, site.name)
+
+
+@dataclass(slots=True)
+class RunningJob:
+    job_id: str
+    side: Future[Any] | None = None  # side work under way
+    then: Callable[[Any], None] | None = None  # what follows it, in the loop
+    job: TrainingJob | None = None
+    batch: Batch | None = None
+    step: JobStep | None = None
+    waiting: list[list[TrainSequence]] = field(default_factory=list)  # parts of the batch that are in no sweep yet
+    sweeps: int = 0  # live sweeps with rows of this job
+    stop: str | None = None  # "pause" | "cancel", asked for
+    again: bool = False  # started anew while it was stopping
+    lean: bool = False  # memory ran out: from here on in sweeps of its own, with the least activations
+    faults: int = 0  # of the step under way
+
+    @property
+    def key(self) -> str:
+        """Of its training copy in the pool."""
+        return f"job:{self.job_id}"
+
+    @property
+    def due(self) -> bool:
+        """Whether its next rows may go into a sweep; a lean job has one at a time."""
+        return bool(self.waiting) and self.stop is None and not (self.lean and self.sweeps)
+
+    def begin(self, pool: AdapterPool, batch: Batch, most_rows: int) -> None:
+        """Lay out a step, from its first row, in parts of at most `most_rows` rows (lean: a quarter of the step)."""
+        if self.job is None:
+            raise RuntimeError(f"job {self.job_id} is not open")
+        adapter = self.job.spec.adapter
+        step = JobStep(
+            self.job_id, TrainingCopy(pool, self.key), batch.loss_tokens, dropout=adapter.dropout,
+            dropout_key=(self.job.spec.seed, batch.step),
+        )  # fmt: skip
+        sequences = [TrainSequence(step, row.input_ids, row.labels, row.sequence) for row in batch.rows]
+        self.batch, self.step = batch, step
+        self.waiting = split_batch(sequences, min(most_rows, batch.tokens // _LEAN_PARTS) if self.lean else most_rows)
+
+    def drop_step(self) -> None:
+        """Forget the step under way; the batch stays the job's next one."""
+        self.sweeps, self.batch, self.step, self.waiting = 0, None, None, []

@@ -1,0 +1,236 @@
+"""The simulated engine: streams, sweeps, blocks, places and adapters, and what a plan costs.
+
+It carries plans out one at a time and refuses any that breaks a rule: a row that is not there, a block that is not
+free, an adapter that is not resident. It knows nothing of how a plan came about, and has no clock but `now`.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from coserve.scheduler.features import ForwardLoad
+from coserve.scheduler.simulation.cards import Card
+from coserve.scheduler.simulation.streams import Stream, Sweep, require
+from coserve.scheduler.state import (
+    BackwardUnit,
+    HeadUnit,
+    Plan,
+    Prefill,
+    RequestState,
+    SchedulerState,
+    Unit,
+)
+
+Parts = dict[int | str, float]
+
+
+@dataclass
+class Device:
+    """One engine's books and clock. Times in seconds; `slowdown` multiplies whatever runs now."""
+
+    card: Card
+    blocks: int = 1024
+    block_size: int = 16
+    max_running: int = 64
+    max_adapters: int = 16
+    itl: float = 0.25  # the inter-token promise
+    seed: int = 0
+    slowdown: float = 1.0
+    reserved: int = 0  # blocks that something else has taken
+    now: float = 0.0
+    streams: list[Stream] = field(default_factory=list)
+    sweeps: list[Sweep] = field(default_factory=list)
+    done: list[Stream] = field(default_factory=list)
+    done_sweeps: list[Sweep] = field(default_factory=list)
+    resident: dict[str, float] = field(default_factory=dict)  # adapter -> last use
+    gaps: list[float] = field(default_factory=list)  # between tokens of streams that were never preempted
+    admissions: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+
+    @property
+    def free(self) -> int:
+        return self.blocks - self.reserved - sum(s.blocks for s in self.streams)
+
+    def state(self) -> SchedulerState:
+        return SchedulerState(
+            now=self.now,
+            requests=tuple(self._request(s) for s in self.streams),
+            sweeps=tuple(s.state() for s in self.sweeps),
+            free_blocks=max(0, self.free),
+            block_size=self.block_size,
+            max_running=self.max_running,
+            max_adapters=self.max_adapters,
+        )
+
+    def _request(self, s: Stream) -> RequestState:
+        return RequestState(
+            request_id=s.name,
+            tenant=s.tenant,
+            weight=s.weight,
+            slo_class=s.slo_class,
+            arrived=s.arrived,
+            total_tokens=s.total,
+            computed_tokens=s.computed,
+            output_tokens=s.generated,
+            blocks_held=s.blocks,
+            adapter=s.adapter,
+            adapter_ready=s.adapter is None or s.adapter in self.resident,
+            ttft_deadline=s.arrived + s.ttft,
+            itl_deadline=None if s.last_token is None else s.last_token + self.itl,
+            running=s.running,
+        )
+
+    def load_adapter(self, wanted: tuple[str, ...]) -> bool:
+        """Load the most urgent missing adapter, evicting one that is not wanted; False if all are there."""
+        require(len(wanted) <= self.max_adapters, "more adapters are wanted than there are places")
+        missing = [a for a in wanted if a not in self.resident]
+        if not missing:
+            return False
+        if len(self.resident) >= self.max_adapters:
+            idle = [a for a in self.resident if a not in wanted]
+            used = {s.adapter for s in self.streams if s.running}
+            require(not used & set(idle), "an adapter in use is not wanted")
+            del self.resident[min(idle, key=lambda a: self.resident[a])]
+        self.resident[missing[0]] = self.now
+        return True
+
+    # ------------------------------------------------------------------ costs, without noise
+
+    def load(self, plan: Plan) -> ForwardLoad:
+        """What `plan` puts into the packed forward, counted from the books."""
+        by_name = {s.name: s for s in self.streams}
+        sweeps = {s.number: s for s in self.sweeps}
+        chunks = [(by_name[p.request_id], p.tokens) for p in plan.prefills]
+        decodes = [by_name[name] for name in plan.decodes]
+        adapters = {s.adapter for s in decodes} | {s.adapter for s, _ in chunks}
+        rides = [(sweeps[r.sweep_id], r.tokens) for r in plan.rides]
+        return ForwardLoad(
+            decode_rows=len(decodes),
+            decode_context=sum(s.total for s in decodes),
+            prefill_rows=sum(n for _, n in chunks),
+            prefill_work=sum(n * s.computed + n * (n + 1) // 2 for s, n in chunks),
+            ride_rows=sum(n for _, n in rides),
+            ride_work=sum(s.work(s.forwarded + n, n) for s, n in rides),
+            logit_rows=len(decodes) + sum(s.computed + n >= s.total for s, n in chunks),
+            adapters=len(adapters - {None}) + sum(len(s.jobs) for s, _ in rides),
+        )
+
+    def forward_seconds(self, plan: Plan) -> float:
+        return self.card.forward_seconds(self.load(plan))
+
+    def unit_seconds(self, unit: Unit) -> float:
+        """As its sweep stands now."""
+        (sweep,) = (s for s in self.sweeps if s.number == unit.sweep_id)
+        if isinstance(unit, HeadUnit):
+            return self.card.head_seconds(unit.rows, unit.steps)
+        if isinstance(unit, BackwardUnit):
+            end = sweep.rows - sweep.layer_rows
+            return self.card.backward_seconds(unit.tokens, sweep.work(end, min(unit.tokens, end)))
+        return self.card.slice_seconds(unit.tokens, unit.layers, sweep.work(sweep.forwarded + unit.tokens, unit.tokens))
+
+    def parts(self, plan: Plan) -> Parts:
+        """Seconds of the forward (if it has rows) and of every unit."""
+        found: Parts = {i: self.unit_seconds(u) for i, u in enumerate(plan.units)}
+        if plan.decodes or plan.prefills or plan.rides:
+            found["forward"] = self.forward_seconds(plan)
+        return found
+
+    def seconds(self, plan: Plan) -> float:
+        return sum(self.parts(plan).values()) + self.card.overhead
+
+    # ------------------------------------------------------------------ carrying out
+
+    def carry_out(self, plan: Plan) -> float:
+        """Check and apply `plan`; the clock goes on by the seconds that it took, which are returned."""
+        return self.run(plan)[0]
+
+    def run(self, plan: Plan) -> tuple[float, Parts]:
+        """As `carry_out`; also the seconds of its parts."""
+        self._check_names(plan)
+        self._preempt(plan.preempt)
+        factor = self.noise_factor() * self.slowdown
+        parts = self.parts(plan)
+        produced = self._decode(plan.decodes) + self._prefill(plan.prefills)
+        self._check_residency()
+        self._train(plan)
+        seconds = (sum(parts.values()) + self.card.overhead) * factor
+        self.now += seconds
+        self._deliver(produced)
+        self.done_sweeps += [s for s in self.sweeps if s.finished]
+        self.sweeps = [s for s in self.sweeps if not s.finished]
+        return seconds, {name: value * factor for name, value in parts.items()}
+
+    def noise_factor(self) -> float:
+        return self.card.noise.draw(self.random)
+
+    def _check_names(self, plan: Plan) -> None:
+        named = [*plan.decodes, *(p.request_id for p in plan.prefills), *plan.preempt, *plan.unservable]
+        require(len(named) == len(set(named)), "a request is named twice")
+        require(not plan.unservable, "a request that fits was called unservable")
+
+    def _preempt(self, names: tuple[str, ...]) -> None:
+        for s in [s for s in self.streams if s.name in names]:
+            require(s.running, f"{s.name} is preempted and does not run")
+            s.running, s.blocks, s.computed = False, 0, 0
+            s.preemptions += 1
+
+    def _decode(self, names: tuple[str, ...]) -> list[Stream]:
+        by_name = {s.name: s for s in self.streams}
+        for name in names:
+            require(by_name[name].decoding, f"{name} is not in decode")
+            self._grow(by_name[name], 1)
+        return [by_name[name] for name in names]
+
+    def _prefill(self, prefills: tuple[Prefill, ...]) -> list[Stream]:
+        by_name = {s.name: s for s in self.streams}
+        for p in prefills:
+            s = by_name[p.request_id]
+            require(not s.decoding, f"{s.name} is in decode")
+            require(0 < p.tokens <= s.total - s.computed, f"{s.name} has no {p.tokens} tokens to run")
+            if not s.running:
+                s.running = True
+                if s.admitted_at is None:
+                    s.admitted_at = self.now
+                    self.admissions.append(s.name)
+            self._grow(s, p.tokens)
+        return [s for s in (by_name[p.request_id] for p in prefills) if s.computed == s.total]
+
+    def _check_residency(self) -> None:
+        running = [s for s in self.streams if s.running]
+        require(len(running) <= self.max_running, "more requests run than there are places")
+        used = {s.adapter for s in running if s.adapter is not None}
+        require(len(used) <= self.max_adapters, "more adapters are used than there are places")
+        require(used <= set(self.resident), "an adapter is used that is not resident")
+        for a in used:
+            self.resident[a] = self.now
+
+    def _train(self, plan: Plan) -> None:
+        sweeps = {s.number: s for s in self.sweeps}
+        require(len({r.sweep_id for r in plan.rides}) == len(plan.rides), "two rides of one sweep")
+        for ride in plan.rides:
+            sweeps[ride.sweep_id].ride(ride.tokens)
+        for unit in plan.units:
+            sweeps[unit.sweep_id].run(unit)
+
+    def _deliver(self, produced: list[Stream]) -> None:
+        for s in produced:
+            s.generated += 1
+            if s.first_at is None:
+                s.first_at = self.now
+            if s.last_token is not None and not s.preemptions:
+                self.gaps.append(self.now - s.last_token)
+            s.last_token = self.now
+            if s.finished:
+                s.finished_at = self.now
+        self.done += [s for s in self.streams if s.finished]
+        self.streams = [s for s in self.streams if not s.finished]
+
+    def _grow(self, s: Stream, tokens: int) -> None:
+        need = -(-(s.computed + tokens) // self.block_size) - s.blocks
+        if need > 0:
+            require(need <= self.free, "over the blocks")
+            s.blocks += need
+        s.computed += tokens

@@ -1,0 +1,61 @@
+"""What is simulated and what came of it: the set-up of an engine and the record of a run. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from coserve.scheduler.simulation.cards import Card
+from coserve.scheduler.simulation.streams import Stream
+from coserve.scheduler.simulation.workloads import TrainingJob
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The engine that is simulated. Times in seconds."""
+
+    card: Card
+    itl: float  # promised between two tokens
+    ttft: float = 2.0  # promised to the first one; workloads carry it, reports hold it against them
+    window: int = 256  # rows of a training unit, at most
+    blocks: int = 4096
+    block_size: int = 16
+    max_running: int = 64
+    max_adapters: int = 32
+    adapter_load: float = 0.05  # of one adapter; one at a time, beside the iterations
+    sweep_rows: int = 8192  # of one sweep, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """One iteration; times in seconds."""
+
+    began: float
+    seconds: float
+    predicted: float  # 0 where the policy did not say
+    upper: float
+    budget: float
+    decodes: int
+    prefill: int  # rows
+    rides: int  # rows
+    units: int
+    training: float  # of its seconds, by the card's own costs; a ride counts what it adds
+
+
+@dataclass
+class Ledger:
+    """Everything that happened."""
+
+    seconds: float
+    setup: Setup
+    streams: list[Stream] = field(default_factory=list)  # all that arrived, whatever became of them
+    jobs: list[TrainingJob] = field(default_factory=list)
+    gaps: list[tuple[float, float]] = field(default_factory=list)  # (when, seconds) between two tokens of a stream
+    iterations: list[Iteration] = field(default_factory=list)
+    service: dict[str, list[float]] = field(default_factory=dict)  # tenant -> [serving, training] device seconds
+    restarts: int = 0
+
+    def charge(self, kind: int, shares: dict[str, float], seconds: float) -> None:
+        """Spread device seconds of serving (0) or training (1) over tenants by their shares."""
+        whole = sum(shares.values())
+        for tenant, share in shares.items():
+            self.service.setdefault(tenant, [0.0, 0.0])[kind] += seconds * share / whole

@@ -51,7 +51,9 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[str | list[TextPart] | None, Field(union_mode="left_to_right")] = None
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(fail_fast=True)] | None, Field(union_mode="left_to_right")
+    ] = None
     name: Annotated[str, Field(max_length=256)] | None = None
     reasoning_content: str | None = None
     tool_calls: Any = None
@@ -59,7 +61,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatRequest(GenerationFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None

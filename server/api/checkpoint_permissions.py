@@ -21,7 +21,7 @@ Project = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 class CreatePermissions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    project_ids: Annotated[list[Project], Field(min_length=1, max_length=100)]
+    project_ids: Annotated[list[Project], Field(fail_fast=True, min_length=1, max_length=100)]
 
 
 @router.post("/{fine_tuned_model_checkpoint:path}/permissions", openapi_extra=body_schema(CreatePermissions))

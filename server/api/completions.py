@@ -121,6 +121,8 @@ async def _prompt(
         except TooLong as error:
             raise too_long(error, engine.max_model_len, "prompt") from None
     else:
+        if len(given) > engine.max_model_len * (TRUNCATABLE if keep else 1):
+            raise too_long(TooLong(len(given)), engine.max_model_len, "prompt")
         whole = check_ids(given, engine.vocab_size, f"prompt[{position}]" if position else "prompt")
     ids = truncated(whole, keep)
     if not ids:

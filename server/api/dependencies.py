@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from coserve.server.api.errors import clip, from_validation, invalid
+from coserve.server.data.strict_json import MOST_PARTS, DuplicateKey, too_many_parts, unique_keys
 from coserve.server.gateway.services import Services
 
 _DEPTH = 64
@@ -42,11 +43,17 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """Strict JSON: an object, no key twice, no NaN or Infinity, no NUL, no lone surrogate, nested at most 64 deep."""
     if not body.strip():
         raise invalid("The body is empty: send a JSON object.", code="invalid_json")
+    if too_many_parts(body):
+        raise invalid(f"The body has more than {MOST_PARTS} objects, arrays and keys.", code="invalid_json")
     try:
         text = body.decode("utf-8")
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=unique_keys)
     except UnicodeDecodeError:
         raise invalid("The body is not UTF-8.", code="invalid_json") from None
+    except DuplicateKey as error:
+        raise invalid(
+            f"An object of the body has '{clip(str(error))}' twice; give it once.", code="invalid_json"
+        ) from None
     except json.JSONDecodeError as error:
         raise invalid(
             f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.", code="invalid_json"
@@ -91,16 +98,6 @@ def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values under one key no reader agrees which counts."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise invalid(f"An object of the body has '{clip(twice)}' twice; give it once.", code="invalid_json")
-    return value
 
 
 def _check_depth(value: Any) -> None:

@@ -26,7 +26,9 @@ _METRICS = (
 Auto = Literal["auto"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-ModuleNames = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(min_length=1, max_length=256)]
+ModuleNames = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=256)]], Field(fail_fast=True, min_length=1, max_length=256)
+]
 FileId = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -81,8 +83,8 @@ class TrainingOptions(_Strict):
     weight_decay: float = Field(default=0.0, ge=0, le=1e3, allow_inf_nan=False)
     max_grad_norm: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] | None = 1.0
     optimizer: str = Field(default="adamw", max_length=64)
-    betas: list[Annotated[float, Field(ge=0, lt=0.9999999, allow_inf_nan=False)]] = Field(
-        default=[0.9, 0.999], min_length=2, max_length=2
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=0.9999999, allow_inf_nan=False)]], Field(fail_fast=True)] = (
+        Field(default=[0.9, 0.999], min_length=2, max_length=2)
     )
     eps: float = Field(default=1e-8, gt=0, le=1, allow_inf_nan=False)
     max_steps: Count | None = None

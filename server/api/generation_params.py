@@ -68,7 +68,7 @@ class GenerationFields(BaseModel):
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
 
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=256)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
 from coserve.server.api.auth import Caller
 from coserve.server.api.chat import ChatMessage, render_messages
@@ -24,7 +25,7 @@ class TokenizeRequest(BaseModel):
 
     model: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -34,7 +35,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     model: Annotated[str, Field(min_length=1, max_length=512)] | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
 @router.post("/tokenize", openapi_extra=body_schema(TokenizeRequest))
@@ -69,5 +70,5 @@ async def detokenize(request: Request, services: ServicesOf, principal: Caller) 
     fields = validated(DetokenizeRequest, await read_json(request))
     if fields.model is not None:
         await resolve_model(services, principal, fields.model)
-    ids = check_ids(fields.tokens, services.text.tokenizer.vocab_size, "tokens")
+    ids = await run_in_threadpool(check_ids, fields.tokens, services.text.tokenizer.vocab_size, "tokens")
     return {"prompt": await services.text.decode(ids, skip_special_tokens=False)}

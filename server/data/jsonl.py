@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from coserve.server.data.faults import RowFault
+from coserve.server.data.strict_json import MOST_PARTS, DuplicateKey, too_many_parts, unique_keys
 
 LONGEST_LINE = 16 * 2**20  # bytes
 _BOM = b"\xef\xbb\xbf"
@@ -35,11 +36,13 @@ def read_rows(stream: BinaryIO, *, longest_line: int = LONGEST_LINE) -> Iterator
 
 
 def _parse(raw: bytes) -> dict[str, Any] | RowFault:
+    if too_many_parts(raw):
+        return RowFault(None, f"the row has more than {MOST_PARTS} objects, arrays and keys", "Split it.")
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_object)
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         return RowFault(None, f"byte {error.start + 1} is not UTF-8", "Save the file as UTF-8.")
-    except _Twice as error:
+    except DuplicateKey as error:
         return RowFault(repr(str(error))[1:-1][:80], "the field stands twice in one object", "Give it once.")
     except RecursionError:
         return RowFault(None, "the JSON is nested too deeply", "A row is an object of texts or token ids.")
@@ -62,18 +65,6 @@ class _Constant(Exception):
 
 def _refuse_constant(name: str) -> None:
     raise _Constant(name)
-
-
-class _Twice(Exception):
-    """A key that an object has twice: which value counts would be a guess."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Twice(next(key for key in keys if keys.count(key) > 1))
-    return value
 
 
 def _kind(value: object) -> str:

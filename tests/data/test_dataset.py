@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import tracemalloc
 
 import numpy as np
@@ -83,6 +84,15 @@ def test_a_key_that_stands_twice_is_a_fault_not_a_guess(prepare):
     report, _ = prepare(lines({"text": "good"}) + '{"text": "a", "text": "b"}\n{"x": {"\\ud800": 1, "\\ud800": 2}}\n')
     assert [(fault.line, fault.field) for fault in report.faults] == [(2, "text"), (3, "\\ud800")]
     assert "twice" in report.error_message()
+
+
+def test_a_row_of_a_million_brackets_is_not_parsed(prepare):
+    started = time.perf_counter()
+    report, _ = prepare(
+        lines({"text": "good", "note": "[" * 50_000}) + '{"text": "a", "x": [' + "[]," * 1_000_000 + "[]]}\n"
+    )
+    assert time.perf_counter() - started < 2
+    assert [(fault.line, fault.field) for fault in report.faults] == [(2, None)] and "32768" in report.error_message()
 
 
 @pytest.mark.parametrize("content", ["", "\n", " \n\t\n\r\n", "\ufeff", "\ufeff\n"])

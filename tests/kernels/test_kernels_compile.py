@@ -44,7 +44,7 @@ KERNELS = {
         lora._shrink, "fp32", "fp32", LORA | {"PART": 1, "BLOCK_M": 16, "BLOCK_K": 128, "IN_ROW": False},
     ),
     "expand": (
-        lora._expand, "bf16", "bf16", LORA | {"PART": 2, "SLICES": 3, "BLOCK_M": 64, "BLOCK_N": 128, "IN_ROW": True},
+        lora._expand, "bf16", "bf16", LORA | {"PART": 2, "SLICES": 2, "BLOCK_M": 64, "BLOCK_N": 128, "IN_ROW": True},
     ),
     "weight_grad": (lora._weight_grad, "bf16", "fp32", LORA | {"BLOCK_M": 64, "BLOCK_N": 128}),
     "add_chunks": (lora._add_chunks, "bf16", "fp32", {"BLOCK_R": 32, "BLOCK_N": 128}),

@@ -41,6 +41,7 @@ _CODES = {
 
 
 _REFUSALS: dict[type[Refused], int] = {Invalid: 400, NotFound: 404, Conflict: 409, QueueFull: 429, Unavailable: 503}
+CLIENT_CLOSED_REQUEST = 499  # nobody is there to see it
 _RETRY_MS = {429: 1000, 503: 2000}
 
 

@@ -10,7 +10,14 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
 from coserve.server.api.dependencies import read_json, validated
-from coserve.server.api.errors import ApiError, from_refusal, internal_error, invalid, model_not_found
+from coserve.server.api.errors import (
+    CLIENT_CLOSED_REQUEST,
+    ApiError,
+    from_refusal,
+    internal_error,
+    invalid,
+    model_not_found,
+)
 from coserve.server.api.generation_params import (
     GenerationFields,
     refuse_unsupported,
@@ -34,7 +41,6 @@ log = logging.getLogger("coserve.generation")
 F = TypeVar("F", bound=GenerationFields)
 
 TRUNCATABLE = 16  # contexts: a longer prompt is refused even where it would be cut, before it costs seconds of CPU
-CLIENT_CLOSED_REQUEST = 499  # nobody is there to see it
 
 # What the engine may say of a sequence: the status, and a text where the engine's own is not for clients.
 _FAILURES: dict[str, tuple[int, str | None]] = {

@@ -14,9 +14,18 @@ import traceback
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from coserve.server.api.errors import ApiError, clip, from_status, internal_error, storage_unavailable
+from coserve.server.api.errors import (
+    CLIENT_CLOSED_REQUEST,
+    ApiError,
+    clip,
+    from_status,
+    internal_error,
+    storage_unavailable,
+)
 from coserve.server.store.errors import StoreUnavailable
 
 log = logging.getLogger("coserve.http")
@@ -83,6 +92,9 @@ class ErrorBoundary:
         except ApiError as error:
             if not begun:
                 await error.response()(scope, receive, send)
+        except ClientDisconnect:  # in the middle of its body
+            if not begun:
+                await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
         except StoreUnavailable as error:
             log.error("%s: the store failed: %s", scope.get("coserve.request_id"), error)
             if not begun:

@@ -97,6 +97,7 @@ async def _serve(settings, socket_path: str, heartbeat: Heartbeat) -> None:  # t
             h11_max_incomplete_event_size=settings.max_header * 2,
         )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # warns of what a client is told anyway
         server = Server(config)
         serving = asyncio.create_task(server.serve(sockets=[_listener(settings.host, settings.port)]))
         stopping = asyncio.create_task(stop.wait())

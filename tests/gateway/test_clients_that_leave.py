@@ -57,6 +57,26 @@ def test_a_plain_request_and_a_queued_stream_too(tmp_path):
     in_world(tmp_path, scenario)
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_the_server(tmp_path, caplog):
+    caplog.set_level("INFO")
+
+    async def scenario(world):
+        async with listening(world) as port:
+            client = await RawClient.open(port)
+            key = world.a.headers["authorization"]
+            client.writer.write(
+                f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: {key}\r\n"
+                'content-type: application/json\r\ncontent-length: 100\r\n\r\n{"model"'.encode()
+            )
+            await client.writer.drain()
+            await asyncio.sleep(0.1)
+            client.close()
+            await world.until(lambda: "POST /v1/completions 499" in caplog.text)
+            assert "unexpected" not in caplog.text
+
+    in_world(tmp_path, scenario)
+
+
 def test_all_choices_of_a_closed_stream_are_aborted(tmp_path):
     async def scenario(world):
         async with listening(world) as port:

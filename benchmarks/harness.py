@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
@@ -29,6 +30,8 @@ from typing import Any
 
 PEERS = Path(__file__).resolve().parent / "peers"
 PACKAGES = ("torch", "transformers", "peft")
+# Projections that read the same rows and can be one product: everything up to their names is the key.
+_JOINED = re.compile(r"(.*\.(?:self_attn|mlp))\.(?:[qkv]_proj|gate_proj|up_proj)\.weight")
 
 
 def cores() -> int:
@@ -137,14 +140,19 @@ class Worker:
 
 def weight_shapes(model: Path) -> tuple[list[tuple[int, int]], tuple[int, int]]:
     """([out, in] of every product of the decoder layers in order, [vocabulary, hidden] of the head), read off the
-    headers of the safetensors files."""
+    headers of the safetensors files. Query, key and value count as one product, and gate and up: they read the same
+    rows."""
     shapes: dict[str, tuple[int, int]] = {}
     for file in sorted(model.glob("*.safetensors")):
         with file.open("rb") as content:
             (length,) = struct.unpack("<Q", content.read(8))
             header = json.loads(content.read(length))
         shapes |= {name: tuple(t["shape"]) for name, t in header.items() if len(t.get("shape", ())) == 2}
-    layers = [shape for name, shape in shapes.items() if ".layers." in name]
+    joined: dict[str, list[tuple[int, int]]] = {}
+    for name, shape in shapes.items():
+        if ".layers." in name:
+            joined.setdefault(_JOINED.sub(r"\1.joined", name), []).append(shape)
+    layers = [(sum(out for out, _ in parts), parts[0][1]) for parts in joined.values()]
     heads = [s for n, s in shapes.items() if "lm_head" in n] or [s for n, s in shapes.items() if "embed_tokens" in n]
     if not layers or not heads:
         raise SystemExit(f"{model}: no decoder weights in its safetensors files")

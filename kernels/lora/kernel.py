@@ -59,6 +59,15 @@ def _hidden(hidden, m, r, inside, row_count, max_rank, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _first_column(columns, which, SLICES: tl.constexpr):
+    """Where slice `which` begins in y: behind the outputs of the slices before it."""
+    offset = which * 0
+    for nth in tl.static_range(SLICES - 1):
+        offset += tl.where(nth < which, tl.load(columns + nth * 2 + 1), 0)
+    return offset
+
+
+@triton.jit
 def _dot(left, right, total, WIDEN: tl.constexpr):
     """total + left @ right in float32. The interpreter multiplies bfloat16's bits as integers: WIDEN there."""
     if WIDEN:
@@ -71,10 +80,10 @@ def _dot(left, right, total, WIDEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["row_count", "adapters", "max_rank"])
 def _shrink(
-    out, x, rows, blocks, flat, numbers, index, spans,
+    out, x, rows, blocks, flat, numbers, index, columns,
     x_stride, row_count, adapters, max_rank, page_elements,
-    PART: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    IN_ROW: tl.constexpr, WIDEN: tl.constexpr,
+    PART: tl.constexpr, SLICES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, IN_ROW: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """out[slice, split, m, r] = sum over the split's columns k of x[rows[m], k] W[r, k].
 
@@ -85,13 +94,16 @@ def _shrink(
     first = tl.load(block + 1)
     length = tl.load(block + 2)
     piece = tl.program_id(2)  # slice * SPLITS + split
-    where = index + (piece // SPLITS * adapters + adapter) * 4
+    which = piece // SPLITS
+    where = index + (which * adapters + adapter) * 4
     rank = tl.load(where)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     if tl.program_id(1) * BLOCK_R < rank:
         pages = tl.load(where + PART)
-        offset = tl.load(spans + piece // SPLITS * 2)
-        width = tl.load(spans + piece // SPLITS * 2 + 1)
+        width = tl.load(columns + which * 2 + PART - 1)
+        offset = which * 0
+        if PART == 2:
+            offset = _first_column(columns, which, SLICES)
         m = tl.arange(0, BLOCK_M)
         row = tl.load(rows + first + m, mask=m < length, other=0).to(tl.int64)
         total = tl.full([BLOCK_M, BLOCK_R], 0.0, tl.float32)
@@ -111,14 +123,14 @@ def _shrink(
 
 @triton.jit(do_not_specialize=["row_count", "adapters", "max_rank"])
 def _expand(
-    y, hidden, rows, blocks, flat, numbers, index, scaling, spans,
+    y, hidden, rows, blocks, flat, numbers, index, scaling, columns,
     y_stride, row_count, adapters, max_rank, page_elements,
     PART: tl.constexpr, SLICES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, IN_ROW: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y[rows[m], offset + n] += sum over slices of s sum over r of hidden[slice, m, r] W[slice, r, n].
 
-    One program: a block of rows and BLOCK_N columns, of slices [z, z + SLICES) that add to the same columns.
+    One program: a block of rows and BLOCK_N columns; of all slices by A, which add to the same columns, of one by B.
     """
     block = blocks + tl.program_id(0) * 3
     adapter = tl.load(block)
@@ -126,13 +138,15 @@ def _expand(
     length = tl.load(block + 2)
     column = tl.program_id(1) * BLOCK_N
     n = column + tl.arange(0, BLOCK_N)
-    offset = tl.load(spans + tl.program_id(2) * 2)
-    width = tl.load(spans + tl.program_id(2) * 2 + 1)
+    width = tl.load(columns + tl.program_id(2) * 2 + PART - 1)
+    offset = tl.program_id(2) * 0
+    if PART == 2:
+        offset = _first_column(columns, tl.program_id(2), SLICES)
     m = tl.arange(0, BLOCK_M)
     ranks = 0
     total = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
     if column < width:
-        for nth in tl.static_range(SLICES):
+        for nth in tl.static_range(SLICES if PART == 1 else 1):
             which = tl.program_id(2) + nth
             where = index + (which * adapters + adapter) * 4
             rank = tl.load(where)
@@ -231,10 +245,9 @@ def shrink(out: Tensor, x: Tensor, routing: Routing, pages: SitePages, part: int
     block_r = _block_r(pages.max_rank)
     grid = (len(routing.blocks), -(-pages.max_rank // block_r), pages.slices * splits)
     _shrink[grid](
-        out, x, routing.rows, routing.blocks, pages.flat, pages.numbers, pages.index,
-        pages.in_spans if part == A else pages.out_spans,
+        out, x, routing.rows, routing.blocks, pages.flat, pages.numbers, pages.index, pages.columns,
         x.stride(0), len(routing.rows), pages.adapters, pages.max_rank, pages.page_elements,
-        PART=part, SPLITS=splits, BLOCK_M=routing.block_rows, BLOCK_R=block_r, BLOCK_K=_BLOCK_K,
+        PART=part, SLICES=pages.slices, SPLITS=splits, BLOCK_M=routing.block_rows, BLOCK_R=block_r, BLOCK_K=_BLOCK_K,
         IN_ROW=_in_row(_BLOCK_K, widths, pages.page_elements), WIDEN=_INTERPRETED,
     )  # fmt: skip
 
@@ -246,10 +259,9 @@ def expand(y: Tensor, hidden: Tensor, routing: Routing, pages: SitePages, part: 
     widths = (pages.in_width,) if together else pages.out_widths
     grid = (len(routing.blocks), -(-max(widths) // _BLOCK_N), 1 if together else pages.slices)
     _expand[grid](
-        y, hidden, routing.rows, routing.blocks, pages.flat, pages.numbers, pages.index, pages.scaling,
-        pages.in_spans if together else pages.out_spans,
+        y, hidden, routing.rows, routing.blocks, pages.flat, pages.numbers, pages.index, pages.scaling, pages.columns,
         y.stride(0), len(routing.rows), pages.adapters, pages.max_rank, pages.page_elements,
-        PART=part, SLICES=pages.slices if together else 1, SPLITS=hidden.shape[1],
+        PART=part, SLICES=pages.slices, SPLITS=hidden.shape[1],
         BLOCK_M=routing.block_rows, BLOCK_R=min(32, _block_r(pages.max_rank)), BLOCK_N=_BLOCK_N,
         IN_ROW=_in_row(_BLOCK_N, widths, pages.page_elements), WIDEN=_INTERPRETED,
         # ptxas before 13.3 miscompiles the pipelined form for sm_90 (triton issue 9433).

@@ -27,41 +27,36 @@ class PageTable:
     page_elements: int
     numbers: Tensor  # int32 [n]: page lists, one behind another
     index: Tensor  # int32 [sites, adapters, 4]: rank (0: no term here), A's list, B's list, ranks of those before
+    columns: Tensor  # int32 [sites, 2]: the sites' widths (in, out)
     scaling: Tensor  # float32 [sites, adapters]
     ranks: tuple[tuple[int, ...], ...]  # [sites][adapters], the host's copy
-    widths: tuple[tuple[int, int], ...]  # (in, out) a site; (0, 0) where no adapter has a term
+    widths: tuple[tuple[int, int], ...]  # (in, out) a site, the host's copy
 
     def at(self, first: int, count: int = 1) -> SitePages:
-        """Sites [first, first + count), which read one x; their outputs are neighbouring columns of one y."""
+        """Sites [first, first + count), which read one x; their outputs are neighbouring columns of one y.
+
+        Views of this table: nothing is copied.
+        """
         chosen = slice(first, first + count)
-        widths = self.widths[chosen]
-        inputs = {width for width, out in widths if out}
-        if len(inputs) > 1:
+        inputs = {width for width, _ in self.widths[chosen]}
+        if len(inputs) != 1:
             raise ValueError(f"sites {first} to {first + count - 1} read inputs of different widths {sorted(inputs)}")
-        if count > 1 and any(out == 0 for _, out in widths):
-            raise ValueError(f"of sites {first} to {first + count - 1} some have no adapter, so no known width")
-        return SitePages(self, self.index[chosen], self.scaling[chosen], self.ranks[chosen], widths)
+        return SitePages(self, chosen)
 
 
 class SitePages:
     """The pages that one launch reads: one site, or several that share their input (q, k, v; gate, up)."""
 
-    def __init__(
-        self, table: PageTable, index: Tensor, scaling: Tensor, ranks: tuple[tuple[int, ...], ...],
-        widths: tuple[tuple[int, int], ...],
-    ) -> None:  # fmt: skip
+    def __init__(self, table: PageTable, chosen: slice) -> None:
         self.flat, self.page_elements, self.numbers = table.flat, table.page_elements, table.numbers
-        self.index, self.scaling, self.ranks = index, scaling, ranks  # [S, adapters, 4], [S, adapters], host
-        self.slices = len(ranks)
-        self.adapters = len(ranks[0])
-        self.max_rank = max((rank for row in ranks for rank in row), default=0)
-        self.in_width = max(width for width, _ in widths)
-        self.out_widths = tuple(out for _, out in widths)
+        self.index, self.columns, self.scaling = table.index[chosen], table.columns[chosen], table.scaling[chosen]
+        self.ranks = table.ranks[chosen]  # [S][adapters]
+        self.slices = len(self.ranks)
+        self.adapters = len(self.ranks[0])
+        self.max_rank = max((rank for row in self.ranks for rank in row), default=0)
+        self.in_width = table.widths[chosen][0][0]
+        self.out_widths = tuple(out for _, out in table.widths[chosen])
         self.out_offsets = tuple(itertools.accumulate(self.out_widths, initial=0))[:-1]
-        # int32 [S, 2]: first column and width of every slice, in x and in y.
-        spans = [(0, self.in_width)] * self.slices + list(zip(self.out_offsets, self.out_widths, strict=True))
-        on_device = torch.tensor(spans, dtype=torch.int32).to(self.flat.device)
-        self.in_spans, self.out_spans = on_device[: self.slices], on_device[self.slices :]
 
     def pair(self, slice_number: int, adapter: int) -> tuple[Tensor, Tensor, float]:
         """(A [r, in], B [r, out], scaling), gathered from the pages; for plain torch on the host."""

@@ -37,7 +37,7 @@ class Routing:
     chunk_starts: Tensor  # int32 [adapters + 1]: adapter i owns chunks [chunk_starts[i], chunk_starts[i + 1])
 
 
-def block_rows_for(ranges: Sequence[RowRange], adapters: int) -> int:
+def block_rows_for(ranges: Sequence[RowRange]) -> int:
     """Rows of a block: 16, the least a matrix unit takes, unless groups fill larger ones (then 32 or 64)."""
     used = len({r.adapter for r in ranges})
     mean = sum(r.end - r.start for r in ranges) // max(1, used)
@@ -59,7 +59,7 @@ def route(
         ValueError: ranges overlap, descend or name an adapter that is not there.
     """
     _check(ranges, adapters)
-    size = block_rows_for(ranges, adapters) if block_rows is None else block_rows
+    size = block_rows_for(ranges) if block_rows is None else block_rows
     groups: list[list[int]] = [[] for _ in range(adapters)]
     for r in ranges:
         groups[r.adapter].extend(range(r.start, r.end))

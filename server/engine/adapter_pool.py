@@ -215,41 +215,48 @@ class AdapterPool:
     def sites(self, key: str) -> list[str]:
         return list(self._residents[key].sites)
 
-    def page_table(self, keys: Sequence[str], sites: Sequence[str]) -> PageTable:
+    def page_table(self, keys: Sequence[str], sites: Mapping[str, tuple[int, int]]) -> PageTable:
         """Where resident adapters `keys` lie at `sites`, for kernels that read the pages in place.
 
         Adapter number i of the table is keys[i]; an adapter without a term at a site has rank 0 there. Valid
         while they all stay: hold them in flight or pinned.
 
+        Args:
+            sites: name -> (in, out) of the linear layer, in the table's order.
+
         Raises:
-            ValueError: two adapters disagree about a site's widths.
+            ValueError: an adapter's pair does not have a site's widths.
         """
-        stored = [[self._residents[key].sites.get(site) for key in keys] for site in sites]
         numbers: list[int] = []
         index: list[int] = []  # rank, A's list, B's list, ranks before: 4 a site and adapter
-        widths = []
-        for site, row in zip(sites, stored, strict=True):
-            before = 0
-            for entry in row:
-                rank = entry[0].rows if entry else 0
-                index += (rank, len(numbers), len(numbers) + (len(entry[0].pages) if entry else 0), before)
-                numbers += (*entry[0].pages, *entry[1].pages) if entry else ()
-                before += rank
-            found = {(entry[0].width, entry[1].width) for entry in row if entry}
-            if len(found) > 1:
-                raise ValueError(f"{site}: adapters of different widths (in, out): {sorted(found)}")
-            widths.append(found.pop() if found else (0, 0))
+        scaling: list[float] = []
+        ranks = []
+        for site, widths in sites.items():
+            row: list[int] = []
+            for key in keys:
+                a, b, scale = self._residents[key].sites.get(site) or (None, None, 0.0)
+                if a and b and (a.width, b.width) != widths:
+                    raise ValueError(f"{site} is {widths} wide (in, out), the pair of {key} {(a.width, b.width)}")
+                pages = (a.pages, b.pages) if a and b else ((), ())
+                index += (a.rows if a else 0, len(numbers), len(numbers) + len(pages[0]), sum(row))
+                numbers += (*pages[0], *pages[1])
+                scaling.append(scale)
+                row.append(a.rows if a else 0)
+            ranks.append(tuple(row))
         device, shape = self._flat.device, (len(sites), len(keys))
-        ints = torch.tensor(index + numbers, dtype=torch.int32).to(device, non_blocking=True)
-        scaling = torch.tensor([entry[2] if entry else 0.0 for row in stored for entry in row], dtype=torch.float32)
+        lists = [index, [width for pair in sites.values() for width in pair], numbers]
+        packed = torch.tensor([n for part in lists for n in part], dtype=torch.int32).to(device, non_blocking=True)
+        on_device = packed.split([len(part) for part in lists])
         return PageTable(
-            self._flat, self.page_elements,
-            numbers=ints[len(index) :],
-            index=ints[: len(index)].view(*shape, 4),
-            scaling=scaling.view(shape).to(device, non_blocking=True),
-            ranks=tuple(tuple(entry[0].rows if entry else 0 for entry in row) for row in stored),
-            widths=tuple(widths),
-        )  # fmt: skip
+            flat=self._flat,
+            page_elements=self.page_elements,
+            numbers=on_device[2],
+            index=on_device[0].view(*shape, 4),
+            columns=on_device[1].view(-1, 2),
+            scaling=torch.tensor(scaling, dtype=torch.float32).view(shape).to(device, non_blocking=True),
+            ranks=tuple(ranks),
+            widths=tuple(sites.values()),
+        )
 
     def overwrite(self, key: str, site: str, a: Tensor, b: Tensor) -> None:
         """New values for a training copy, of the shapes it was loaded with."""

@@ -26,10 +26,11 @@ ATOMIC = re.compile(r"^\s*(@%p\d+ )?(atom|red)\.", re.MULTILINE)
 MODEL = {"x", "y", "flat", "right", "query", "keys", "values",
          "dx", "dy", "weight", "cos", "sin", "gate", "up", "d_gate", "d_up"}  # fmt: skip
 FLOATS = {"hidden", "parts", "scaling", "part_out", "part_max", "part_sum", "sinks"}
-INTS = {"rows", "blocks", "chunks", "chunk_starts", "numbers", "index", "spans",
+INTS = {"rows", "blocks", "chunks", "chunk_starts", "numbers", "index", "columns",
         "tables", "contexts", "starts", "counts", "tiles"}  # fmt: skip
 
 LORA = {"SPLITS": 4, "BLOCK_R": 32, "WIDEN": False}
+SHRINK = LORA | {"SLICES": 2, "BLOCK_M": 16, "BLOCK_K": 128}
 ATTEND = {"BLOCK_SIZE": 16, "GROUP": 4, "WINDOW": True, "SOFTCAP": True, "SINKS": True, "WIDEN": False}
 
 
@@ -39,10 +40,8 @@ def heads(dim, rows, splits):
 
 
 KERNELS = {
-    "shrink": (lora._shrink, "bf16", "fp32", LORA | {"PART": 1, "BLOCK_M": 16, "BLOCK_K": 128, "IN_ROW": True}),
-    "shrink, pages end in a row": (
-        lora._shrink, "fp32", "fp32", LORA | {"PART": 1, "BLOCK_M": 16, "BLOCK_K": 128, "IN_ROW": False},
-    ),
+    "shrink": (lora._shrink, "bf16", "fp32", SHRINK | {"PART": 1, "IN_ROW": True}),
+    "shrink, pages end in a row": (lora._shrink, "fp32", "fp32", SHRINK | {"PART": 2, "IN_ROW": False}),
     "expand": (
         lora._expand, "bf16", "bf16", LORA | {"PART": 2, "SLICES": 2, "BLOCK_M": 64, "BLOCK_N": 128, "IN_ROW": True},
     ),

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 BOTH = [torch.float32, torch.bfloat16]
 RANKS = [1, 5, 16, 17, 100, 256]  # adapter 2 gets no rows
-MIXED = [(0, 1, 0), (3, 21, 3), (21, 21, 2), (21, 38, 1), (40, 57, 5), (57, 58, 0), (60, 63, 4), (64, 70, 3)]
+MIXED = [(0, 1, 0), (3, 21, 3), (21, 21, 2), (21, 38, 1), (40, 45, 5), (57, 58, 0), (60, 63, 4), (64, 70, 3)]
 
 
 def ranges_of(triples):
@@ -103,15 +103,18 @@ def test_gradients(dtype, inputs, outputs, page):
 def test_sites_that_share_their_input_in_one_launch(dtype):
     seed, device = fresh_seed(), kernel_device()
     sites = {"q": (64, 96), "k": (64, 24), "v": (64, 40)}
+    sites["unused"] = (64, 16)
     ranks = [{"q": 4, "k": 20, "v": 1}, {"k": 7}, {"q": 33, "v": 2}]
     adapters = PagedAdapters(ranks, sites, dtype, device, page_elements=80, seed=seed)
     triples = [(0, 9, 2), (11, 30, 0), (30, 33, 1)]
-    x, y, wanted = batch(35, 64, 160, dtype, device, seed)
-    got, grads = run(adapters, triples, x, y, wanted, sites=3)
+    x, y, wanted = batch(35, 64, 176, dtype, device, seed)
+    got, grads = run(adapters, triples, x, y, wanted, sites=4)
     want, oracle = adapters.oracle(y, x, ranges_of(triples), wanted)
     assert worst_range(got, want, ranges_of(triples)) < BOUND[dtype]
     assert torch.equal(got[30:33, :96], y[30:33, :96])  # adapter 1 has no term at q
-    for g, w in zip(grads, oracle, strict=True):
+    assert torch.equal(got[:, 160:], y[:, 160:])
+    assert [g.shape[0] for g in grads[-2:]] == [0, 0]
+    for g, w in zip(grads[:-2], oracle[:-2], strict=True):
         assert relative_error(g.cpu(), w) < BOUND[dtype]
 
 

@@ -28,7 +28,7 @@ class PagedAdapters:
         device: torch.device, *, page_elements: int, seed: int,
     ) -> None:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
-        self.sites, self.keys = list(sites), [str(n) for n in range(len(ranks))]
+        self.sites, self.keys = sites, [str(n) for n in range(len(ranks))]
         self.pairs: list[dict[str, Pair]] = []
         for number, rank in enumerate(ranks):
             per_site = rank if isinstance(rank, dict) else dict.fromkeys(sites, rank)
@@ -41,12 +41,9 @@ class PagedAdapters:
         elements = [t.numel() for w in self.pairs for p in w.values() for t in (p.a, p.b)]
         pages = sum(-(-n // page_elements) for n in elements)
         pool = AdapterPool((2 * pages + 2) * page_elements * dtype.itemsize, page_elements, dtype, device)
-        # Fill the pool page by page and free every other one, so that no list of pages is consecutive.
-        one_page = {"x": Pair(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 0, dtype=dtype), 1.0)}
-        for n in range(pool.num_pages):
-            pool.load(f"filler {n}", one_page)
-        for n in range(0, pool.num_pages, 2):
-            pool.unload(f"filler {n}")
+        # Every other page is taken, so that no list of pages is consecutive.
+        for page in pool._allocator.allocate(pool.num_pages)[::2]:
+            pool._allocator.free(page)
         for key, weights in zip(self.keys, self.pairs, strict=True):
             pool.load(key, weights, pinned=True, fold_scaling=False)
         self.pool, self.page_elements = pool, page_elements
@@ -72,7 +69,7 @@ class PagedAdapters:
         """The reference in float64 on the CPU: y, and the gradients of sum(y * wanted): dy, dx, then dA and dB of
         every site, the rank rows of all adapters stacked."""
         y, x = y.detach().cpu().double().requires_grad_(), x.detach().cpu().double().requires_grad_()
-        widths = [next(p[site].b.shape[1] for p in self.pairs if site in p) for site in self.sites]
+        widths = [out for _, out in self.sites.values()]
         leaves = [
             {s: (p.a.double().requires_grad_(), p.b.double().requires_grad_()) for s, p in weights.items()}
             for weights in self.pairs
@@ -92,4 +89,7 @@ class PagedAdapters:
         flat = [t for tensors in stacked for t in tensors]
         grads = torch.autograd.grad((out * wanted.cpu().double()).sum(), [y, x, *flat], allow_unused=True)
         found = iter(torch.zeros_like(t) if g is None else g for t, g in zip(flat, grads[2:], strict=True))
-        return out.detach(), [grads[0], grads[1], *(torch.cat([next(found) for _ in tensors]) for tensors in stacked)]
+        return out.detach(), [
+            *grads[:2],
+            *(torch.cat([y.new_zeros(0), *(next(found) for _ in tensors)]) for tensors in stacked),
+        ]

@@ -150,3 +150,21 @@ def test_head_batches_and_forward_windows_take_turns(monkeypatch):
                 run_backward_unit(model, sweep, 16)
         _, reference = oracle.gradients(rows)
     assert worst_error(step, reference) <= 1e-9
+
+
+@pytest.mark.parametrize("save", [False, True], ids=["recompute", "save"])
+def test_bfloat16_is_as_near_to_float64_as_plain_autograd_in_bfloat16(save):
+    plain = PeftOracle("llama", torch.bfloat16, rank=5, seed=1)
+    rows = random_rows(LENGTHS, 512, seed=2)
+    _, rounded = plain.gradients(rows)
+    with float64_throughout():
+        exact = PeftOracle("llama", torch.float64, rank=5, seed=1)
+        exact.model.load_state_dict({name: t.double() for name, t in plain.model.state_dict().items()})
+        loss, reference = exact.gradients(rows)
+    model = engine_model("llama", torch.bfloat16)
+    step = new_step("a", plain, rows)
+    run_sweep(model, new_sweep(model, {"a": (step, rows)}, save=save), [10, 7], 16, [7, 10])
+    assert abs(step.loss_sum / step.loss_tokens - loss) <= 0.02 * loss
+    theirs = max(float((g.double() - w).norm() / w.norm()) for m in reference for g, w in zip(rounded[m], reference[m]))
+    assert worst_error(step, reference) <= 1.25 * theirs
+    assert theirs < 0.5, "the reference itself says nothing"

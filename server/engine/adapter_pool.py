@@ -143,8 +143,15 @@ class AdapterPool:
             raise PoolFull(wanted, self.pages_available, self.page_bytes)
         values = {site: _as_stored(pair, fold_scaling) for site, pair in weights.items()}
         self._evict_until(wanted)
-        sites = {site: (self._store(a), self._store(b), scaling) for site, (a, b, scaling) in values.items()}
+        sites = {site: (self._place(a), self._place(b), scaling) for site, (a, b, scaling) in values.items()}
         self._residents[key] = _Resident(sites, wanted, pinned)
+        try:
+            for site, (a, b, _) in values.items():
+                self._write(sites[site][0], a)
+                self._write(sites[site][1], b)
+        except Exception:
+            self._drop(key)  # memory ran out: its pages go back
+            raise
 
     def acquire(self, key: str) -> None:
         """One more request uses a resident adapter."""
@@ -285,7 +292,8 @@ class AdapterPool:
                 return
             self._drop(key)
 
-    def _store(self, tensor: Tensor) -> _PagedTensor:
+    def _place(self, tensor: Tensor) -> _PagedTensor:
+        """Pages for a tensor of this shape, not yet written."""
         rows, width = tensor.shape
         pages = self._allocator.allocate(self._tensor_pages(tensor))
         consecutive = all(after - before == 1 for before, after in itertools.pairwise(pages))
@@ -294,9 +302,7 @@ class AdapterPool:
             where = self._flat[start : start + rows * width].view(rows, width)
         else:
             where = torch.tensor(pages, dtype=torch.int64, device=self._flat.device)
-        stored = _PagedTensor(rows, width, tuple(pages), where, consecutive)
-        self._write(stored, tensor)
-        return stored
+        return _PagedTensor(rows, width, tuple(pages), where, consecutive)
 
     def _write(self, stored: _PagedTensor, tensor: Tensor) -> None:
         tensor = tensor.detach()

@@ -7,15 +7,22 @@ disk is loaded beside the iterations; its requests wait, they do not fail.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from coserve.server.engine.adapter_loader import AdapterLoader
 from coserve.server.engine.adapter_pool import AdapterPool, Weights
+from coserve.server.engine.containment import attempt
+from coserve.server.training.fault import Fault, fault_of
+from coserve.server.training.peft.folder import AdapterError, AdapterUnreadable
 from coserve.server.training.peft.sites import Site
 from coserve.server.wire.messages import AdapterRef
+
+log = logging.getLogger("coserve.engine")
 
 
 class ResidentAdapter:
@@ -68,15 +75,15 @@ class AdapterBook:
         used = self.pool.num_pages - self.pool.pages_free
         return resident if not used else max(1, self.pool.num_pages * resident // used)
 
-    def tick(self, wanted: Iterable[AdapterRef]) -> dict[str, str]:
+    def tick(self, wanted: Iterable[AdapterRef]) -> dict[str, Fault]:
         """Move loads along for the versions in `wanted`, oldest request first.
 
-        Returns the versions that cannot be served, digest -> reason.
+        Returns the versions that cannot be served, by digest.
         """
-        failed: dict[str, str] = {}
+        failed: dict[str, Fault] = {}
         for digest, result in self._loader.poll():
             if isinstance(result, Exception):
-                failed[digest] = str(result)
+                failed[digest] = _load_fault(digest, result)
             else:
                 self._arrived[digest] = result
         order: dict[str, AdapterRef] = {ref.digest: ref for ref in wanted}
@@ -91,14 +98,17 @@ class AdapterBook:
                     continue
                 problem = too_large(image, self.pool)
                 if problem is not None:
-                    failed[digest] = problem
+                    failed[digest] = Fault("adapter_invalid", f"the adapter cannot be loaded: {problem}")
                     del self._arrived[digest]
                     continue
                 self._release_except(keep)
                 if self.pool.pages_wanted(image) > self.pool.pages_available:
                     break  # the versions ahead of it in line come first
-                self.pool.load(digest, image)
                 del self._arrived[digest]
+                fault = attempt(f"loading adapter {digest[:12]}", partial(self.pool.load, digest, image))
+                if fault is not None:
+                    failed[digest] = fault
+                    continue
             keep.add(digest)
             if digest not in self._reserved:
                 self._reserved.add(digest)
@@ -112,6 +122,16 @@ class AdapterBook:
         for digest in self._reserved - keep:
             self.pool.release(digest)
         self._reserved &= keep
+
+
+def _load_fault(digest: str, error: Exception) -> Fault:
+    """Whose fault it is: the adapter's (it will never do), the disk's (it may pass), or the server's."""
+    log.warning("adapter %s could not be read: %s", digest[:12], error)
+    if isinstance(error, (AdapterUnreadable, OSError)):
+        return Fault("adapter_unavailable", "the adapter's files could not be read")
+    if isinstance(error, AdapterError):
+        return Fault("adapter_invalid", f"the adapter cannot be loaded: {error}")
+    return fault_of(error)
 
 
 def too_large(weights: Weights, pool: AdapterPool) -> str | None:

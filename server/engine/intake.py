@@ -67,19 +67,27 @@ class Intake:
 
     def finish(self, request: Request) -> None:
         """A sequence has ended, in whatever way: everything it holds is given back."""
+        self._release_adapter(request)
+        self._requests.remove(request)
+
+    def preempt(self, request: Request) -> None:
+        """A sequence waits again: its blocks go to others, and so may its adapter's place until it is admitted anew."""
+        self._release_adapter(request)
+        self._requests.preempt(request)
+
+    def _release_adapter(self, request: Request) -> None:
         if request.acquired and request.message.adapter is not None:
             self._adapters.release(request.message.adapter)
             request.acquired = False
-        self._requests.remove(request)
 
     def load_adapters(self, digests: Iterable[str]) -> None:
         """Move adapter loads along, for the versions the scheduler wants resident, most urgent first."""
         known = {r.version: r.message.adapter for r in self._requests if r.message.adapter is not None}
         wanted = [known[digest] for digest in digests if digest in known]
-        for digest, reason in self._adapters.tick(wanted).items():
+        for digest, fault in self._adapters.tick(wanted).items():
             for request in [r for r in self._requests if r.version == digest]:
                 self.finish(request)
-                self._socket.send(Failed(request.id, "adapter_invalid", f"the adapter cannot be loaded: {reason}"))
+                self._socket.send(Failed(request.id, fault.code, fault.message))
 
     # ------------------------------------------------------------------ messages
 

@@ -88,7 +88,7 @@ class Engine:
         for request_id in plan.preempt:
             request = self._requests.get(request_id)
             if request is not None:
-                self._requests.preempt(request)
+                self._intake.preempt(request)
                 self._iterations.counters["coserve_preemptions_total"] += 1
         for request_id in plan.unservable:
             reason = "the sequence needs more K/V blocks than the server has; shorten it, or raise --kv-memory"

@@ -146,6 +146,7 @@ def test_failures_of_a_sequence(tmp_path):
         cases = [
             ("adapter_invalid", "tensor q_proj.lora_A has a NaN", 400, True),
             ("out_of_memory", "at 0x7f00 in /secret", 503, False),
+            ("adapter_unavailable", "/secret: Input/output error", 503, False),
             ("something_new", "in /secret/path", 500, False),
         ]
         for count, (code, message, status, shown) in enumerate(cases, 1):
@@ -155,6 +156,7 @@ def test_failures_of_a_sequence(tmp_path):
             answer = await asking
             assert answer.status_code == status
             assert (message in answer.text) == shown
+            assert ("retry-after-ms" in answer.headers) == (status == 503)
 
     in_world(tmp_path, scenario)
 

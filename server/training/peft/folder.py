@@ -5,9 +5,11 @@ Folders may come from tenants: everything is checked before a tensor is read, an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,19 +38,29 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 BASE_DIGEST_KEY = "coserve_base_digest"
 
+# Errors of opening that tell what stands in a file's place; all others are the disk's.
+_NOT_A_FILE = frozenset({errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO})
 _PREFIX = "base_model.model."
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-__all__ = ["AdapterError", "read_folder", "version_digest", "write_folder"]
+__all__ = ["AdapterError", "AdapterUnreadable", "read_folder", "version_digest", "write_folder"]
+
+
+class AdapterUnreadable(AdapterError):
+    """The disk did not give the adapter's files: that says nothing about the adapter, and may pass."""
 
 
 def read_folder(path: Path, sites: Sequence[Site], base_digest: str | None = None) -> tuple[LoraConfig, LoraWeights]:
     """The adapter in `path`, checked against the base model's `sites`; weights on the CPU in their stored dtype.
 
-    With `base_digest`, a folder that says it was made for another base model is refused. Raises AdapterError, and
-    returns either a whole adapter or nothing.
+    With `base_digest`, a folder that says it was made for another base model is refused. Raises AdapterError
+    (AdapterUnreadable where it is not the adapter's fault), and returns either a whole adapter or nothing.
     """
-    if path.is_symlink() or not path.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(path.lstat().st_mode)
+    except OSError as error:
+        raise AdapterUnreadable(f"the adapter's folder cannot be read: {error.strerror}", "adapter") from error
+    if not is_folder:
         raise AdapterError("the adapter is not a folder", "adapter")
     config = parse_config(_read_config(path))
     try:
@@ -67,6 +79,8 @@ def read_folder(path: Path, sites: Sequence[Site], base_digest: str | None = Non
         tensors = _read_checked(path, expected, base_digest)
     except TensorFileError as error:
         raise AdapterError(str(error), error.tensor or TENSOR_FILE) from error
+    except OSError as error:
+        raise _unreadable(TENSOR_FILE, error) from error
     weights: LoraWeights = {}
     for name, (_, scaling) in shapes.items():
         b = tensors[_tensor_name(name, "B")].t().contiguous()
@@ -127,7 +141,12 @@ def _read_config(path: Path) -> bytes:
         with open_regular(path / CONFIG_FILE) as file:
             return file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
-        raise AdapterError(f"{CONFIG_FILE} cannot be read: {error.strerror}", CONFIG_FILE) from error
+        raise _unreadable(CONFIG_FILE, error) from error
+
+
+def _unreadable(name: str, error: OSError) -> AdapterError:
+    kind = AdapterError if error.errno in _NOT_A_FILE else AdapterUnreadable
+    return kind(f"{name} cannot be read: {error.strerror}", name)
 
 
 def _read_checked(path: Path, expected: dict[str, tuple[int, ...]], base_digest: str | None) -> dict[str, torch.Tensor]:
@@ -138,7 +157,7 @@ def _read_checked(path: Path, expected: dict[str, tuple[int, ...]], base_digest:
             raise AdapterError(
                 "pickled weights are never loaded; save the adapter as safetensors", TENSOR_FILE
             ) from error
-        raise AdapterError(f"{TENSOR_FILE} cannot be read: {error.strerror}", TENSOR_FILE) from error
+        raise _unreadable(TENSOR_FILE, error) from error
     with file:
         made_for = file.metadata.get(BASE_DIGEST_KEY)
         if base_digest and made_for and made_for != base_digest:

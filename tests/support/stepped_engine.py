@@ -1,0 +1,93 @@
+"""An engine in this process whose iterations the test turns one by one: every part is real, only nobody listens."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine_process import SamplingParams
+from gradient_oracle import engine_model
+
+from coserve.scheduler.config import SchedulerConfig
+from coserve.scheduler.policy import Scheduler
+from coserve.server.engine.adapter_loader import AdapterLoader
+from coserve.server.engine.adapter_pool import AdapterPool
+from coserve.server.engine.adapters import AdapterBook, too_large
+from coserve.server.engine.checking import FolderCheck
+from coserve.server.engine.intake import Intake
+from coserve.server.engine.iterations import IterationLog
+from coserve.server.engine.kv_cache import KVCache
+from coserve.server.engine.loop import Engine
+from coserve.server.engine.options import EngineOptions
+from coserve.server.engine.prefix_cache import BlockManager
+from coserve.server.engine.requests import RequestBook
+from coserve.server.engine.runner import Runner
+from coserve.server.engine.shapes import layer_shapes
+from coserve.server.engine.stats import StatsClock
+from coserve.server.engine.trainer import Trainer
+from coserve.server.training.peft.folder import read_folder, version_digest
+from coserve.server.wire.messages import AdapterRef, Generate
+from coserve.server.wire.sync import EngineSocket
+
+DIGEST = "b" * 64
+
+
+class SentMessages(EngineSocket):
+    """The socket of an engine that is not connected, which remembers what was said."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.sent: list[Any] = []
+
+    def send(self, message: Any) -> bool:
+        self.sent.append(message)
+        return super().send(message)
+
+
+class SteppedEngine:
+    """Llama at toy size in float32. Bytes of the pool, blocks of 16 tokens."""
+
+    def __init__(self, data_dir: Path, *, blocks: int = 64, pool_bytes: int = 2**20, **options: Any) -> None:
+        self.data_dir = data_dir
+        self.model = model = engine_model("llama", torch.float32)
+        self.socket = SentMessages(str(data_dir / "e.sock"))
+        self.pool = AdapterPool(pool_bytes, 8 * model.hidden_size, torch.float32)
+        loader = AdapterLoader(lambda path: read_folder(path, model.sites, DIGEST)[1], 0)
+        self.adapters = AdapterBook(self.pool, loader, data_dir)
+        self.requests = RequestBook(BlockManager(blocks, 16), 1.0, 1.0)
+        values = {"model": "base", "data_dir": data_dir, "socket_path": "", "dtype": "float32", **options}
+        self.trainer = Trainer(model, self.pool, EngineOptions(**values), DIGEST, "base")
+        iterations = IterationLog(0)
+        checks = FolderCheck(data_dir, model.sites, DIGEST, lambda weights: too_large(weights, self.pool))
+        self.intake = Intake(
+            self.socket, lambda: None, self.requests, self.adapters, self.trainer, checks, iterations, 512
+        )
+        cache = KVCache(layer_shapes(model), blocks, 16, torch.float32)
+        stats = StatsClock(self.socket, self.requests, self.trainer, self.pool, iterations, dict)
+        self.engine = Engine(
+            self.socket, self.intake, self.requests, self.adapters, self.trainer,
+            Scheduler(SchedulerConfig(itl_seconds=1.0)), Runner(model, cache, self.requests, self.adapters),
+            iterations, stats, max_running=64, max_adapters=self.adapters.capacity, beat=lambda: None,
+        )  # fmt: skip
+
+    def ref(self, name: str) -> AdapterRef:
+        """The version in the PEFT folder of that name."""
+        config, weights = read_folder(self.data_dir / name, self.model.sites, DIGEST)
+        return AdapterRef(version_digest(DIGEST, config, weights), name)
+
+    def submit(self, request_id: str, ids: list[int], adapter: AdapterRef | None = None, max_tokens: int = 16) -> None:
+        params = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0)
+        self.requests.add(Generate(request_id, "t", tuple(ids), params, adapter, "s", time.monotonic()))
+
+    def until(self, condition: Any, seconds: float = 30) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen in time"
+            if not self.engine.step():
+                time.sleep(0.001)
+
+    def tokens(self, request_id: str) -> list[int]:
+        """What was sent of a sequence so far."""
+        return [t for m in self.socket.sent if getattr(m, "request_id", "") == request_id for t in m.token_ids]

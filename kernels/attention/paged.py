@@ -10,79 +10,18 @@ interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from coserve.kernels.attention.batch import PagedBatch
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
-_TILE_ROWS = 64  # query rows times heads of a group that a prefill program holds
 _KEYS = 64  # keys that a program looks at at a time; half of them where a key has more than 512 bytes
 _PROGRAMS = 264  # two for each multiprocessor of a Hopper card: with fewer, decode splits its keys
 _MOST_SPLITS = 16
-
-# ---------------------------------------------------------------------- the batch
-
-
-@dataclass(frozen=True, slots=True)
-class PagedBatch:
-    """The sequences of one packed forward, as the kernel reads them. Built once an iteration."""
-
-    block_size: int
-    tables: Tensor  # int32 [S, most blocks]; block b holds slots [b * block_size, (b + 1) * block_size)
-    contexts: Tensor  # int32 [S]: tokens in the cache, this forward's rows included
-    starts: Tensor  # int32 [S]: first packed row
-    counts: Tensor  # int32 [S]: rows, the newest of the sequence
-    prefill: Tensor  # int32 [tiles, 2]: sequence, first of its rows that the tile holds
-    decode: Tensor  # int32 [tiles, 2]: the same for sequences of one row
-    tile_rows: int  # rows of a prefill tile
-    longest_decode: int  # the largest context among sequences of one row
-
-
-def paged_batch(
-    tables: Sequence[Sequence[int]], contexts: Sequence[int], starts: Sequence[int], counts: Sequence[int], *,
-    block_size: int, group: int, device: torch.device | str = "cpu",
-) -> PagedBatch:  # fmt: skip
-    """
-    Args:
-        tables: block numbers of each sequence; more than it needs are ignored.
-        contexts, starts, counts: see PagedBatch.
-        group: query heads a K/V head.
-
-    Raises:
-        ValueError: a sequence has no row, or more tokens than its blocks hold.
-    """
-    for table, context, start, count in zip(tables, contexts, starts, counts, strict=True):
-        if not 0 < count <= context <= len(table) * block_size:
-            raise ValueError(f"the sequence at row {start}: {count} rows and {context} tokens do not fit "
-                             f"{len(table)} blocks of {block_size}")  # fmt: skip
-    tile_rows = max(1, _TILE_ROWS // group)
-    prefill = [(s, row) for s, count in enumerate(counts) if count > 1 for row in range(0, count, tile_rows)]
-    decode = [(s, 0) for s, count in enumerate(counts) if count == 1]
-    # Long tiles first: the last program to start should not be the longest.
-    prefill.sort(key=lambda tile: counts[tile[0]] - contexts[tile[0]] - tile[1])
-    wide = max((len(table) for table in tables), default=0)
-    padded = [number for table in tables for number in [*table, *[0] * (wide - len(table))]]
-    tiles = [[n for tile in kind for n in tile] for kind in (prefill, decode)]
-    parts = [padded, list(contexts), list(starts), list(counts), *tiles]
-    packed = torch.tensor([n for part in parts for n in part], dtype=torch.int32).to(device, non_blocking=True)
-    on_device = packed.split([len(part) for part in parts])
-    return PagedBatch(
-        block_size=block_size,
-        tables=on_device[0].view(len(contexts), wide),
-        contexts=on_device[1],
-        starts=on_device[2],
-        counts=on_device[3],
-        prefill=on_device[4].view(-1, 2),
-        decode=on_device[5].view(-1, 2),
-        tile_rows=tile_rows,
-        longest_decode=max((c for c, n in zip(contexts, counts, strict=True) if n == 1), default=0),
-    )
-
 
 # ---------------------------------------------------------------------- kernels
 

@@ -95,7 +95,8 @@ def test_importing_the_kernels_needs_no_triton_and_no_server():
     code = (
         "import sys\n"
         "for name in ('triton', 'fastapi', 'pydantic', 'redis'): sys.modules[name] = None\n"
-        "import coserve.kernels.lora, coserve.kernels.attention.reference, coserve.kernels.attention.training\n"
+        "import coserve.kernels.attention, coserve.kernels.attention.training, coserve.kernels.layer\n"
+        "import coserve.kernels.lora\n"
         "assert not any(name.startswith('coserve.server') for name in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)

@@ -8,9 +8,8 @@ import pytest
 import torch
 from kernel_device import fresh_seed, kernel_device, poisoned_memory, relative_error
 
-from coserve.kernels.attention import reference
-from coserve.kernels.attention.paged import paged_attention, paged_batch, splits_for
-from coserve.kernels.attention.plan import AttentionPlan, Segment
+from coserve.kernels.attention import AttentionPlan, Segment, paged_batch, reference
+from coserve.kernels.attention.paged import paged_attention, splits_for
 
 pytestmark = pytest.mark.gpu
 
@@ -48,23 +47,21 @@ class Batch:
         self.query = torch.randn(row + 2, heads, dim, generator=generator).to(dtype)
         self.sinks = torch.randn(heads, generator=generator)
 
+    def segments(self):
+        return [
+            Segment(start, count, context, table)
+            for (context, count), start, table in zip(self.shapes, self.starts, self.tables, strict=True)
+        ]
+
     def kernel(self, scale, *, splits=None, sinks=False, **how):
-        contexts, counts = [c for c, _ in self.shapes], [n for _, n in self.shapes]
         with poisoned_memory():
-            batch = paged_batch(
-                self.tables, contexts, self.starts, counts, block_size=self.block_size, group=self.group,
-                device=self.device,
-            )  # fmt: skip
+            batch = paged_batch(self.segments(), self.block_size, self.group, self.device)
             on_device = [t.to(self.device) for t in (self.query, self.keys, self.values)]
             sink = self.sinks.to(self.device) if sinks else None
             return paged_attention(*on_device, batch, scale, sinks=sink, splits=splits, **how).cpu()
 
     def oracle(self, scale, *, sinks=False, **how):
-        segments = [
-            Segment(start, count, context, table)
-            for (context, count), start, table in zip(self.shapes, self.starts, self.tables, strict=True)
-        ]
-        plan = AttentionPlan(sorted(segments, key=lambda s: s.start), self.block_size, torch.float64)
+        plan = AttentionPlan(sorted(self.segments(), key=lambda s: s.start), self.block_size, torch.float64)
         tensors = [torch.nan_to_num(t.double()) for t in (self.query, self.keys, self.values)]
         return reference.paged_attention(*tensors, plan, scale, sinks=self.sinks.double() if sinks else None, **how)
 
@@ -168,11 +165,11 @@ def test_splits_follow_the_shapes():
 
 def test_what_the_kernel_cannot_do_is_refused():
     device = kernel_device()
-    batch = paged_batch([[0]], [3], [0], [1], block_size=16, group=1, device=device)
+    batch = paged_batch([Segment(0, 1, 3, [0])], 16, 1, device)
     cache, query = torch.zeros(16, 1, 320, device=device), torch.zeros(1, 1, 320, device=device)
     with pytest.raises(ValueError, match="heads of 320 and 320 values: the kernel takes at most 256"):
         paged_attention(query, cache, cache, batch, 1.0)
     with pytest.raises(ValueError, match=r"query is torch\.float64"):
         paged_attention(query[..., :64].double(), cache[..., :64], cache[..., :64], batch, 1.0)
     with pytest.raises(ValueError, match="at row 4: 1 rows and 17 tokens do not fit 1 blocks of 16"):
-        paged_batch([[0]], [17], [4], [1], block_size=16, group=1)
+        paged_batch([Segment(4, 1, 17, [0])], 16, 1)

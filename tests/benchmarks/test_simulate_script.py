@@ -1,0 +1,58 @@
+"""The simulator's script at toy size: its table hangs together, repeats, and says what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "simulate.py"
+SHORT = ("--seconds=15", "--seeds=2", "--policy=coserve", "--policy=inference only")
+
+
+def run(tmp_path: Path, *arguments: str) -> tuple[str, dict]:
+    figures = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), f"--json={figures}", *SHORT, *arguments],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout, json.loads(figures.read_text())
+
+
+def test_the_table_and_the_figures_agree_and_repeat(tmp_path: Path) -> None:
+    output, figures = run(tmp_path)
+    rows = [line.split("|")[1].strip() for line in output.splitlines() if line.startswith("|")][2:]
+    assert rows == list(figures["policies"]) == ["coserve", "inference only"]
+    ours, idle = figures["policies"].values()
+    assert ours["retention"] == pytest.approx(ours["training tokens/s"] / figures["training_alone"])
+    assert ours["gain"] == pytest.approx(ours["retention"] + ours["output tokens/s"] / figures["best_alone"])
+    assert idle["training tokens/s"] == 0.0 and idle["output tokens/s"] > ours["output tokens/s"] > 0.0
+    assert figures["promise_s"] == pytest.approx(0.109, abs=0.002), "twice the decode step at four streams"
+    assert run(tmp_path) == (output, figures)
+
+
+def test_arrivals_tenants_and_faults(tmp_path: Path) -> None:
+    output, figures = run(
+        tmp_path, "--arrivals=bursts", "--rate=0.4", "--tenants=20", "--adapters=2", "--promise=4", "--fault=slow",
+        "--fault=memory", "--fault=restart", "--jobs=2",
+    )  # fmt: skip
+    assert "0.4 requests/s (bursts), 2 job(s), promise 218 ms" in output
+    assert figures["policies"]["coserve"]["load"] == pytest.approx(0.4 / figures["best_alone"])
+
+
+def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--policy=nobody"], "no such policy: nobody; there are coserve"),
+        (["--plot", str(tmp_path / "p.png")], "--plot needs matplotlib"),
+    ):
+        if "--plot" in arguments and importlib.util.find_spec("matplotlib"):
+            continue
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), *SHORT, *arguments], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-_READY = re.compile(r"coserve is ready: (?P<model>\S+) at (?P<url>http://\S+)")
+_READY = re.compile(r"coserve is ready: (?P<model>.+) at (?P<url>http://\S+)")
 _KEPT_LINES = 40
 _GRACE_SECONDS = 20.0
 

@@ -22,7 +22,7 @@ sys.exit(main(plan=plan))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", "llama", seed=3)
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "a tiny model", "llama", seed=3)
 
 
 def start(model, data_dir):

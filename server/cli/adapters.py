@@ -100,9 +100,12 @@ def pack(folder: Path, archive: IO[bytes]) -> None:
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise click.UsageError(f"{folder} is no PEFT folder: it has no {missing[0]} (save it with save_pretrained)")
-    with tarfile.open(fileobj=archive, mode="w") as tar:
-        for name in _FILES:
-            tar.add(folder / name, arcname=name)
+    try:
+        with tarfile.open(fileobj=archive, mode="w", dereference=True) as tar:  # a hub's cache is a folder of links
+            for name in _FILES:
+                tar.add(folder / name, arcname=name)
+    except OSError as error:
+        raise click.ClickException(f"cannot read {error.filename or folder} ({error.strerror})") from None
     archive.seek(0)
 
 

@@ -245,6 +245,17 @@ def test_pack_takes_the_two_files_and_nothing_else(tmp_path):
     assert "adapter_config.json" in run("adapters", "upload", "x", str(tmp_path)).output
 
 
+def test_pack_follows_links(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / f"blob-{name}").write_text(name)
+        (tmp_path / name).symlink_to(tmp_path / f"blob-{name}")
+    archive = io.BytesIO()
+    pack(tmp_path, archive)
+    with tarfile.open(fileobj=archive) as tar:
+        assert all(member.isfile() for member in tar.getmembers())
+        assert tar.extractfile("adapter_config.json").read() == b"adapter_config.json"
+
+
 def test_unpack_stays_in_its_folder_whatever_the_archive_says(tmp_path):
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:

@@ -152,7 +152,7 @@ def rms_norm(y: Tensor, x: Tensor, weight: Tensor, eps: float, unit_offset: bool
     """y, x [T, H]; weight [H]."""
     _rms_norm[(x.shape[0],)](
         y, x, weight, y.stride(0), x.stride(0), x.shape[1], eps,
-        UNIT_OFFSET=unit_offset, BLOCK=triton.next_power_of_2(x.shape[1]),
+        UNIT_OFFSET=unit_offset, BLOCK=triton.next_power_of_2(x.shape[1]), num_warps=_warps(x.shape[1]),
     )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def rms_norm_backward(dx: Tensor, dy: Tensor, x: Tensor, weight: Tensor, eps: fl
     """dx, dy, x [T, H]; weight [H]."""
     _rms_norm_backward[(x.shape[0],)](
         dx, dy, x, weight, dx.stride(0), dy.stride(0), x.stride(0), x.shape[1], eps,
-        UNIT_OFFSET=unit_offset, BLOCK=triton.next_power_of_2(x.shape[1]),
+        UNIT_OFFSET=unit_offset, BLOCK=triton.next_power_of_2(x.shape[1]), num_warps=_warps(x.shape[1]),
     )  # fmt: skip
 
 
@@ -190,3 +190,8 @@ def gated_backward(d_gate: Tensor, d_up: Tensor, dy: Tensor, gate: Tensor, up: T
         d_gate, d_up, dy, gate, up, d_gate.stride(0), d_up.stride(0), dy.stride(0), gate.stride(0), up.stride(0),
         width, ACTIVATION=activation, BLOCK=_COLUMNS,
     )  # fmt: skip
+
+
+def _warps(width: int) -> int:
+    """Enough of them that a thread holds at most 32 values of a row."""
+    return 4 if width <= 4096 else 8 if width <= 8192 else 16

@@ -279,6 +279,8 @@ def weight_grad(
         parts: [chunks, largest rank, width] float32 to work in.
         hidden: [S, splits, N, R] of a shrink; right: [T, offset + width or more].
     """
+    if not len(out):
+        return
     width, block_r = out.shape[1], min(32, _block_r(pages.max_rank))
     tiles = (-(-pages.max_rank // block_r), -(-width // _BLOCK_N))
     index = pages.index[slice_number]

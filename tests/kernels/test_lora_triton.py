@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from kernel_device import fresh_seed, kernel_device, poisoned_memory, relative_error
+from kernel_device import INTERPRETED, fresh_seed, kernel_device, poisoned_memory, relative_error, reversed_programs
 from paged_adapters import PagedAdapters
 
 from coserve.kernels.lora import PagedTerms, RowRange, route
@@ -170,6 +170,21 @@ def test_long_sums_are_split_and_repeat_bit_for_bit():
     assert worst_range(runs[0][0], want, ranges_of(triples)) < BOUND[torch.bfloat16]
     for g, w in zip(runs[0][1], oracle, strict=True):
         assert relative_error(g.cpu(), w) < BOUND[torch.bfloat16]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs programs in an order of its own")
+def test_programs_may_run_in_any_order():
+    seed, device = fresh_seed(), kernel_device()
+    adapters = PagedAdapters(
+        [3, 40], {"q": (72, 40), "k": (72, 30)}, torch.bfloat16, device, page_elements=56, seed=seed
+    )
+    triples = [(0, 20, 1), (20, 21, 0), (24, 50, 1)]
+    x, y, wanted = batch(50, 72, 70, torch.bfloat16, device, seed)
+    forward, gradients = run(adapters, triples, x, y, wanted, sites=2, chunk_rows=10)
+    with reversed_programs():
+        backward, others = run(adapters, triples, x, y, wanted, sites=2, chunk_rows=10)
+    assert torch.equal(forward, backward)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
 
 
 def test_dropout_reaches_the_term_and_its_gradients():

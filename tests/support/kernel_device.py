@@ -51,6 +51,19 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextmanager
+def reversed_programs() -> Iterator[None]:
+    """The interpreter runs a launch's programs last to first: a result that depends on their order changes."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    forward = builder.set_grid_idx
+    builder.set_grid_idx = lambda *place: forward(*(n - 1 - i for n, i in zip(builder.grid_dim, place, strict=True)))
+    try:
+        yield
+    finally:
+        del builder.set_grid_idx
+
+
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """|got - want| / |want| in float64; NaN anywhere gives NaN, which is below no bound."""
     return float((got.double() - want.double()).norm() / want.double().norm())

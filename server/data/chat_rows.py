@@ -17,6 +17,7 @@ from coserve.server.data.token_row import IGNORED, TokenRow
 from coserve.server.data.tokenizer import Tokenizer
 
 Span = tuple[int, int]  # [start, end) characters of the rendered chat
+MOST_MESSAGES = 1000  # by prefix difference each answer renders all before it again: half a second at this many
 _ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -62,6 +63,13 @@ def _render(
                 "the chat template does not mark each assistant message by itself, so they cannot be weighted apart",
                 "Leave the weights out.",
             )
+    if len(messages) > MOST_MESSAGES:
+        raise RowFault(
+            "messages",
+            f"{len(messages)} messages, and the model's chat template has no generation marks: at most {MOST_MESSAGES} "
+            "can be told apart",
+            "Split the chat.",
+        )
     text = template.render(messages)
     return text, [_turn(text, messages, index, tokenizer) for index in wanted]
 

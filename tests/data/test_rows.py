@@ -125,6 +125,14 @@ def test_a_template_that_rewrites_earlier_turns(encoder):
     assert learned(thinking, {"messages": CHAT[:2]})[0] == ["<think>\n\n</think>\n\nthree  Zürich<|im_end|>"]
 
 
+def test_a_chat_of_thousands_of_turns_is_split_or_marked_not_rendered_for_minutes(encoder):
+    turns = [{"role": role, "content": "a"} for _ in range(501) for role in ("user", "assistant")]
+    assert fault(encoder("chatml_unmarked"), {"messages": turns}).field == "messages"
+    assert encoder("chatml_unmarked").encode({"messages": turns[:100]})
+    assert encoder("chatml").encode({"messages": turns})
+    assert encoder("chatml_unmarked", loss_on="all").encode({"messages": turns})
+
+
 def test_content_in_parts_is_their_text(encoder):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     whole = {"messages": [{"role": "user", "content": "one\ntwo"}, CHAT[1]]}

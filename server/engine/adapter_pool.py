@@ -64,7 +64,8 @@ class _PagedTensor:
 class _Resident:
     sites: dict[str, tuple[_PagedTensor, _PagedTensor, float]]
     pages: int
-    pinned: bool
+    pinned: bool  # a training copy
+    kept: bool = False  # pinned by its tenant
     in_flight: int = 0
     retired: bool = False  # goes with its last request
 
@@ -111,6 +112,15 @@ class AdapterPool:
 
     def pages_wanted(self, weights: Weights) -> int:
         return sum(self._tensor_pages(pair.a) + self._tensor_pages(pair.b) for pair in weights.values())
+
+    @property
+    def pages_kept(self) -> int:
+        """Pages of adapters that are kept whether or not they are used."""
+        return sum(r.pages for r in self._residents.values() if r.kept)
+
+    def pages_of(self, key: str) -> int:
+        """Pages that a resident adapter holds."""
+        return self._residents[key].pages
 
     def can_make_room(self, num_bytes: int) -> bool:
         """Whether `num_bytes` of whole pages are free, or would be after evicting idle adapters."""
@@ -164,8 +174,7 @@ class AdapterPool:
         if resident.in_flight < 1:
             raise ValueError(f"adapter {key} was released more often than acquired")
         resident.in_flight -= 1
-        if resident.retired and not resident.in_flight and not resident.pinned:
-            self._drop(key)
+        self._drop_if_over(key)
 
     def in_flight(self, key: str) -> int:
         return self._residents[key].in_flight if key in self._residents else 0
@@ -174,10 +183,17 @@ class AdapterPool:
         self._residents[key].pinned = True
 
     def unpin(self, key: str) -> None:
-        resident = self._residents[key]
-        resident.pinned = False
-        if resident.retired and not resident.in_flight:
-            self._drop(key)
+        self._residents[key].pinned = False
+        self._drop_if_over(key)
+
+    def keep(self, key: str) -> None:
+        """A resident adapter is not evicted any more, used or not."""
+        self._residents[key].kept = True
+
+    def let_go(self, key: str) -> None:
+        """It may be evicted again."""
+        self._residents[key].kept = False
+        self._drop_if_over(key)
 
     def unload(self, key: str) -> None:
         """Give an adapter's pages back now; an unknown key is no error.
@@ -189,7 +205,7 @@ class AdapterPool:
         if resident is None:
             return
         if not _idle(resident):
-            reason = "pinned" if resident.pinned else f"used by {resident.in_flight} requests"
+            reason = "pinned" if resident.pinned or resident.kept else f"used by {resident.in_flight} requests"
             raise AdapterInUse(f"adapter {key} is {reason}")
         self._drop(key)
 
@@ -319,6 +335,11 @@ class AdapterPool:
         gathered = self._flat.view(self.num_pages, -1).index_select(0, stored.where)
         return gathered.view(-1)[: stored.rows * stored.width].view(stored.rows, stored.width)
 
+    def _drop_if_over(self, key: str) -> None:
+        resident = self._residents[key]
+        if resident.retired and _idle(resident):
+            self._drop(key)
+
     def _drop(self, key: str) -> None:
         resident = self._residents.pop(key)
         by_page = self._flat.view(self.num_pages, -1)
@@ -342,4 +363,4 @@ def _as_stored(pair: LowRank, fold_scaling: bool) -> tuple[Tensor, Tensor, float
 
 
 def _idle(resident: _Resident) -> bool:
-    return resident.in_flight == 0 and not resident.pinned
+    return resident.in_flight == 0 and not resident.pinned and not resident.kept

@@ -17,6 +17,7 @@ from torch import Tensor
 from coserve.server.engine.adapter_loader import AdapterLoader
 from coserve.server.engine.adapter_pool import AdapterPool, Weights
 from coserve.server.engine.containment import attempt
+from coserve.server.engine.pins import Pins
 from coserve.server.training.fault import Fault, fault_of
 from coserve.server.training.peft.folder import AdapterError, AdapterUnreadable
 from coserve.server.training.peft.sites import Site
@@ -44,6 +45,7 @@ class AdapterBook:
         self._resident: dict[str, ResidentAdapter] = {}
         self._arrived: dict[str, Weights] = {}  # read from disk, waiting for room
         self._reserved: set[str] = set()
+        self.pins = Pins(pool)
 
     def ready(self, ref: AdapterRef | None) -> bool:
         return ref is None or ref.digest in self.pool
@@ -64,16 +66,21 @@ class AdapterBook:
         if digest in self._reserved:
             self._reserved.discard(digest)
             self.pool.release(digest)
-        self.pool.retire(digest)
+        self.pool.retire(digest)  # a pinned one, when it is no longer pinned
         self._loader.forget(digest)
         self._resident.pop(digest, None)
         self._arrived.pop(digest, None)
 
-    def capacity(self) -> int:
-        """How many distinct versions the pool can certainly hold at once; what is resident tells their sizes."""
-        resident = max(1, len(self.pool.resident()))
-        used = self.pool.num_pages - self.pool.pages_free
-        return resident if not used else max(1, self.pool.num_pages * resident // used)
+    def capacity(self, wanted: Iterable[str] = ()) -> int:
+        """How many distinct versions the pool can certainly hold at once, if `wanted` are those that requests name.
+
+        What is resident tells their sizes. Pinned ones that nobody wants take their room from the others.
+        """
+        held, kept = self.pins.held, self.pool.pages_kept
+        resident = max(1, len(self.pool.resident()) - len(held))
+        used = self.pool.num_pages - self.pool.pages_free - kept
+        others = resident if not used else max(1, (self.pool.num_pages - kept) * resident // used)
+        return others + (len(held.intersection(wanted)) if held else 0)
 
     def tick(self, wanted: Iterable[AdapterRef]) -> dict[str, Fault]:
         """Move loads along for the versions in `wanted`, oldest request first.
@@ -86,6 +93,7 @@ class AdapterBook:
                 failed[digest] = _load_fault(digest, result)
             else:
                 self._arrived[digest] = result
+        self._bring_pins(failed)
         order: dict[str, AdapterRef] = {ref.digest: ref for ref in wanted}
         keep: set[str] = set()
         for digest, ref in order.items():
@@ -96,9 +104,9 @@ class AdapterBook:
                 if image is None:
                     self._loader.request(digest, self._data_dir / ref.path)
                     continue
-                problem = too_large(image, self.pool)
-                if problem is not None:
-                    failed[digest] = Fault("adapter_invalid", f"the adapter cannot be loaded: {problem}")
+                fault = self._never_fits(image)
+                if fault is not None:
+                    failed[digest] = fault
                     del self._arrived[digest]
                     continue
                 self._release_except(keep)
@@ -114,9 +122,43 @@ class AdapterBook:
                 self._reserved.add(digest)
                 self.pool.acquire(digest)
         self._release_except(keep)
-        for digest in [d for d in self._arrived if d not in order]:
+        coming = order.keys() | {ref.digest for ref in self.pins.missing()}
+        for digest in [d for d in self._arrived if d not in coming]:
             del self._arrived[digest]
         return failed
+
+    def _bring_pins(self, failed: dict[str, Fault]) -> None:
+        """Move pinned versions into the pool; what they would evict is idle."""
+        for ref in self.pins.missing():
+            digest, image = ref.digest, self._arrived.get(ref.digest)
+            if digest in failed:
+                self.pins.refuse(digest, failed[digest].message)
+                continue
+            if digest not in self.pool:
+                if image is None:
+                    self._loader.request(digest, self._data_dir / ref.path)
+                    continue
+                pages = self.pool.pages_wanted(image)
+                if self.pins.has_room(pages):
+                    if pages > self.pool.pages_available:
+                        continue  # adapters in use hold the pool: when they are through
+                    fault = attempt(f"loading adapter {digest[:12]}", partial(self.pool.load, digest, image))
+                    if fault is not None:
+                        self.pins.refuse(digest, fault.message)
+                        continue
+                else:
+                    self.pins.refuse(digest)
+                    continue
+            self.pins.hold(digest)
+
+    def _never_fits(self, image: Weights) -> Fault | None:
+        """Why an adapter cannot become resident, however long its requests wait."""
+        problem = too_large(image, self.pool)
+        if problem is not None:
+            return Fault("adapter_invalid", f"the adapter cannot be loaded: {problem}")
+        if self.pool.pages_wanted(image) > self.pool.num_pages - self.pool.pages_kept:
+            return Fault("adapter_unavailable", "pinned adapters leave too little adapter memory for this one")
+        return None
 
     def _release_except(self, keep: set[str]) -> None:
         for digest in self._reserved - keep:

@@ -25,6 +25,7 @@ from coserve.server.wire.messages import (
     Generate,
     GetIterations,
     Iterations,
+    PinAdapters,
     StartJob,
     StopJob,
 )  # fmt: skip
@@ -50,7 +51,8 @@ class Intake:
         self._handlers: dict[type, Callable[[Any], None]] = {
             Connected: self._connected, Disconnected: self._disconnected, Generate: self._generate,
             Abort: self._abort, StartJob: self._start_job, StopJob: self._stop_job, CheckAdapter: self._checks.start,
-            DropAdapter: self._drop_adapter, GetIterations: self._get_iterations, Drain: self._drain,
+            DropAdapter: self._drop_adapter, PinAdapters: self._pin_adapters,
+            GetIterations: self._get_iterations, Drain: self._drain,
         }  # fmt: skip
 
     def take(self) -> None:
@@ -59,7 +61,7 @@ class Intake:
         self._trainer.tick()
         for event in self._trainer.events():
             self._socket.send(event)
-        for reply in self._checks.finished():
+        for reply in (*self._checks.finished(), *self._adapters.pins.answers()):
             self._socket.send(reply)
         self._confirm_drops()
         if self._drain_until is not None and (not len(self._requests) or time.monotonic() > self._drain_until):
@@ -135,6 +137,9 @@ class Intake:
 
     def _drop_adapter(self, message: DropAdapter) -> None:
         self._dropping[message.call_id] = message.digest
+
+    def _pin_adapters(self, message: PinAdapters) -> None:
+        self._adapters.pins.replace(message.call_id, message.versions)
 
     def _confirm_drops(self) -> None:
         for call_id, digest in list(self._dropping.items()):

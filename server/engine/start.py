@@ -88,7 +88,8 @@ def build_engine(options: EngineOptions, heartbeat: Heartbeat) -> tuple[Engine, 
     runner = Runner(model, cache, requests, adapters, cores)
     engine = Engine(
         socket, intake, requests, adapters, trainer, scheduler, runner, iterations, stats,
-        max_running=options.running(), max_adapters=adapters.capacity, beat=heartbeat.beat,
+        max_running=options.running(), max_adapters=lambda: adapters.capacity(r.version for r in requests),
+        beat=heartbeat.beat,
     )  # fmt: skip
     socket.start()
     return engine, intake

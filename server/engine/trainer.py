@@ -264,12 +264,12 @@ class Trainer:
 
     def _place(self, running: RunningJob, job: TrainingJob) -> None:
         """Put a job's training copy into the pool, as soon as there is room."""
-        wanted = self._pool.pages_wanted(job.params)
-        if wanted > self._pool.num_pages:
-            size, have = wanted * self._pool.page_bytes, self._pool.num_pages * self._pool.page_bytes
+        wanted, room = self._pool.pages_wanted(job.params), self._pool.num_pages - self._pool.pages_kept
+        if wanted > room:
+            size, have = wanted * self._pool.page_bytes, room * self._pool.page_bytes
             message = (
-                f"The adapter needs {size} bytes of adapter memory and the server has {have}; use a smaller rank or "
-                "fewer target modules, or start the server with a larger --adapter-memory."
+                f"The adapter needs {size} bytes of adapter memory and the server has {have} beside pinned adapters; "
+                "use a smaller rank or fewer target modules, or start the server with a larger --adapter-memory."
             )
             self._aside(running, partial(job.fail, "adapter_too_large", message), None)
             return

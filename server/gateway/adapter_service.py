@@ -15,6 +15,7 @@ from pathlib import Path
 from coserve.server.gateway import adapter_folders
 from coserve.server.gateway.adapter_archive import ArchiveError, extract_adapter, pack_adapter, packed_size
 from coserve.server.gateway.engine_client import EngineClient, EngineUnavailable
+from coserve.server.gateway.pins import Pins
 from coserve.server.gateway.refusals import Conflict, Invalid, NotFound, Unavailable
 from coserve.server.store.adapters import Adapter, AdapterVersion
 from coserve.server.store.datadir import DataDirectory
@@ -40,11 +41,13 @@ class Download:
 
 class AdapterService:
     def __init__(
-        self, store: Store, data: DataDirectory, engine: EngineClient, *, base_model_id: str, max_bytes: int
-    ) -> None:
+        self, store: Store, data: DataDirectory, engine: EngineClient, pins: Pins, *, base_model_id: str,
+        max_bytes: int,
+    ) -> None:  # fmt: skip
         self._store = store
         self._data = data
         self._engine = engine
+        self._pins = pins
         self._base_model_id = base_model_id
         self._max_bytes = max_bytes
         self._changing = asyncio.Lock()  # a version is not added to an adapter that is being deleted
@@ -152,8 +155,9 @@ class AdapterService:
         raise not_found()
 
     async def pin(self, tenant: str, reference: str, pinned: bool) -> Adapter:
+        """Keep an adapter in the engine's memory, or no longer. Raises NotFound, Conflict, Unavailable."""
         adapter = await self.find(tenant, reference)
-        changed = await self._store.adapters.set_pinned(tenant, adapter.id, pinned)
+        changed = await (self._pins.pin(adapter) if pinned else self._pins.unpin(adapter))
         if changed is None:
             raise not_found()
         return changed

@@ -17,6 +17,7 @@ from coserve.server.gateway.generation import GenerationService
 from coserve.server.gateway.job_controller import JobController
 from coserve.server.gateway.job_preparation import Preparer
 from coserve.server.gateway.job_service import JobService
+from coserve.server.gateway.pins import Pins
 from coserve.server.gateway.services import Services
 from coserve.server.gateway.text import TextModel
 from coserve.server.store.datadir import DataDirectory
@@ -50,7 +51,10 @@ async def assemble(settings: Settings, socket_path: str, leave: AsyncExitStack) 
     generation = GenerationService(engine, text, store, admission, metrics)
 
     files = FileService(store, data)
-    adapters = AdapterService(store, data, engine, base_model_id=settings.base_model_id, max_bytes=settings.max_upload)
+    pins = Pins(store, engine)
+    adapters = AdapterService(
+        store, data, engine, pins, base_model_id=settings.base_model_id, max_bytes=settings.max_upload
+    )
     preparer = Preparer(store, data, files, text.tokenizer)
     leave.callback(preparer.close)
     controller = JobController(store, data, engine, files, preparer, most_running=settings.max_jobs_running)
@@ -66,6 +70,8 @@ async def assemble(settings: Settings, socket_path: str, leave: AsyncExitStack) 
     await files.remove_orphans()
     await adapters.start()
     leave.push_async_callback(adapters.close)
+    await pins.start()
+    leave.push_async_callback(pins.close)
     await controller.start()
     leave.push_async_callback(controller.close)
     books = asyncio.create_task(generation.keep_books(), name="usage-of-running-requests")

@@ -21,6 +21,8 @@ from coserve.server.wire.messages import (
     Abort,
     AdapterChecked,
     AdapterDropped,
+    AdapterRef,
+    AdaptersPinned,
     CheckAdapter,
     DropAdapter,
     EngineReady,
@@ -28,6 +30,7 @@ from coserve.server.wire.messages import (
     Generate,
     GetIterations,
     Iterations,
+    PinAdapters,
     Stats,
     Tokens,
 )
@@ -166,6 +169,10 @@ class EngineClient:
         """Returns once no request uses the version any more: its files may go."""
         return await self._call(lambda call_id: DropAdapter(call_id, digest), timeout)
 
+    async def pin_adapters(self, versions: tuple[AdapterRef, ...], timeout: float = 30.0) -> AdaptersPinned:
+        """These versions, and no others, are to stay resident; returns once each is, or is refused."""
+        return await self._call(lambda call_id: PinAdapters(call_id, versions), timeout)
+
     async def get_iterations(self, limit: int, timeout: float = 10.0) -> Iterations:
         return await self._call(lambda call_id: GetIterations(call_id, limit), timeout)
 
@@ -241,7 +248,7 @@ class EngineClient:
                 sequence = self._sequences.get(message.request_id)
                 if sequence is not None and not sequence.finished:
                     sequence.fail(message.code, message.message)
-            case AdapterChecked() | AdapterDropped() | Iterations():
+            case AdapterChecked() | AdapterDropped() | AdaptersPinned() | Iterations():
                 answer = self._calls.get(message.call_id)
                 if answer is not None and not answer.done():
                     answer.set_result(message)

@@ -91,6 +91,16 @@ class Adapters:
 
         return await self._database.write(update)
 
+    async def all_pinned_for_recovery(self) -> tuple[AdapterVersion, ...]:
+        """The newest live version of every pinned adapter, of all tenants, the adapters in order of creation."""
+
+        def find(connection: sqlite3.Connection) -> tuple[AdapterVersion, ...]:
+            rows = connection.execute("SELECT tenant, id FROM adapters WHERE pinned = 1 AND deleted = 0 ORDER BY seq")
+            found = [newest_version(connection, row["tenant"], row["id"]) for row in rows.fetchall()]
+            return tuple(version for version in found if version is not None)
+
+        return await self._database.read(find)
+
     async def add_version(self, tenant: str, adapter_id: str, new: NewVersion) -> AdapterVersion | None:
         """Publish: from the commit on, the adapter's name means this version. None for an unknown adapter.
 

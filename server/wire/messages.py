@@ -93,6 +93,17 @@ class DropAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class PinAdapters:
+    """These versions, and no others, are to stay in the engine's adapter memory; answered by AdaptersPinned.
+
+    Where not all fit, those that come first have precedence.
+    """
+
+    call_id: int
+    versions: tuple[AdapterRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GetIterations:
     call_id: int
     limit: int
@@ -183,6 +194,14 @@ class AdapterDropped:
 
 
 @dataclass(frozen=True, slots=True)
+class AdaptersPinned:
+    """Sent once each version is resident or refused."""
+
+    call_id: int
+    refused: dict[str, str]  # digest -> why
+
+
+@dataclass(frozen=True, slots=True)
 class Iterations:
     call_id: int
     data: tuple[dict[str, Any], ...]
@@ -211,6 +230,6 @@ class Drained:
 
 
 MESSAGES: tuple[type, ...] = (
-    Generate, Abort, StartJob, StopJob, CheckAdapter, DropAdapter, GetIterations, Drain,
-    EngineReady, Tokens, Failed, JobEvent, AdapterChecked, AdapterDropped, Iterations, Stats, Drained,
+    Generate, Abort, StartJob, StopJob, CheckAdapter, DropAdapter, PinAdapters, GetIterations, Drain,
+    EngineReady, Tokens, Failed, JobEvent, AdapterChecked, AdapterDropped, AdaptersPinned, Iterations, Stats, Drained,
 )  # fmt: skip

@@ -10,7 +10,14 @@ from peft_oracle import assert_greedy_equal, oracle_model, prompt, save_adapter
 from stepped_engine import SteppedEngine
 from tiny_models import save_tiny_model
 
-from coserve.server.wire.messages import AdapterDropped, DropAdapter, Failed
+from coserve.server.wire.messages import (
+    AdapterDropped,
+    AdapterRef,
+    AdaptersPinned,
+    DropAdapter,
+    Failed,
+    PinAdapters,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +87,72 @@ def test_a_preempted_request_gives_its_adapters_place_up_and_takes_it_again(tmp_
     assert len(got) == 100
     model = oracle_model(save_tiny_model(tmp_path / "model", "llama"), tmp_path / "a")
     assert_greedy_equal(model, prompt(60, 2), got)
+
+
+def pinned(engine: SteppedEngine, call: int, *refs) -> dict[str, str]:
+    """Pin these and no others; what was refused."""
+    engine.intake._handlers[PinAdapters](PinAdapters(call, refs))
+    engine.until(lambda: any(isinstance(m, AdaptersPinned) and m.call_id == call for m in engine.socket.sent))
+    return next(m.refused for m in engine.socket.sent if isinstance(m, AdaptersPinned) and m.call_id == call)
+
+
+def test_pinned_adapters_stay_while_others_come_and_go(tmp_path):
+    for i in range(8):
+        save_adapter(tmp_path / f"a{i}", "llama", 4, seed=i)
+    probe = SteppedEngine(tmp_path)
+    refs = [probe.ref(f"a{i}") for i in range(8)]
+    probe.submit("r", prompt(5, 0), refs[0])
+    outcome(probe, "r")
+    size = probe.pool.bytes_used
+    engine = SteppedEngine(tmp_path, pool_bytes=4 * size)
+    pool, (first, second, third) = engine.pool, refs[:3]
+    assert pinned(engine, 1, first, second) == {}
+    assert {first.digest, second.digest} <= set(pool.resident()), "they come without a request"
+    refused = pinned(engine, 2, first, second, third)
+    assert list(refused) == [third.digest] and "half of the adapter memory" in refused[third.digest]
+    for i, ref in enumerate(refs):
+        engine.submit(f"r{i}", prompt(5, i), ref, max_tokens=4)
+    for i in range(8):
+        assert outcome(engine, f"r{i}") is None
+        assert {first.digest, second.digest} <= set(pool.resident())
+    pool.check()
+    # A version that the pins leave no room for is told so instead of waiting for ever.
+    save_adapter(tmp_path / "wide", "llama", 12, seed=9)
+    engine.submit("wide", prompt(5, 1), engine.ref("wide"))
+    assert outcome(engine, "wide").code == "adapter_unavailable"
+    # Deleted while it is pinned: nothing waits for it, and it goes when the gateway says that it is no longer pinned.
+    engine.intake._handlers[DropAdapter](DropAdapter(7, first.digest))
+    engine.until(lambda: any(isinstance(m, AdapterDropped) for m in engine.socket.sent))
+    assert pinned(engine, 3, second) == {}
+    assert first.digest not in pool and second.digest in pool
+    engine.submit("wide again", prompt(5, 1), engine.ref("wide"))
+    assert outcome(engine, "wide again") is None
+    assert pinned(engine, 4) == {}
+    pool.unload(second.digest)
+    pool.check()
+
+
+def test_a_pin_that_cannot_be_read_is_refused_and_others_stand(tmp_path):
+    save_adapter(tmp_path / "a", "llama", 4, seed=1)
+    engine = SteppedEngine(tmp_path)
+    refused = pinned(engine, 1, AdapterRef("f" * 64, "gone"), engine.ref("a"))
+    assert list(refused) == ["f" * 64] and "could not be read" in refused["f" * 64]
+    assert engine.ref("a").digest in engine.pool
+
+
+def test_requests_of_pinned_adapters_run_together(tmp_path):
+    """Pins that nobody uses take room from others, those that are used do not count twice."""
+    for i in range(4):
+        save_adapter(tmp_path / f"a{i}", "llama", 4, seed=i)
+    probe = SteppedEngine(tmp_path)
+    refs = [probe.ref(f"a{i}") for i in range(4)]
+    probe.submit("r", prompt(5, 0), refs[0])
+    outcome(probe, "r")
+    engine = SteppedEngine(tmp_path, pool_bytes=4 * probe.pool.bytes_used)
+    pinned(engine, 1, refs[0], refs[1])
+    assert engine.adapters.capacity([refs[0].digest, refs[1].digest]) >= 2
+    for i, ref in enumerate(refs):
+        engine.submit(f"r{i}", prompt(5, i), ref, max_tokens=30)
+    engine.until(lambda: all(engine.requests.get(f"r{i}").output for i in range(2)))
+    assert all(len(engine.tokens(f"r{i}")) < 30 for i in range(2))
+    engine.until(lambda: not len(engine.requests))

@@ -29,12 +29,14 @@ from coserve.server.wire.codec import HEADER_BYTES, decode, encode, frame_length
 from coserve.server.wire.messages import (
     AdapterChecked,
     AdapterDropped,
+    AdaptersPinned,
     CheckAdapter,
     DropAdapter,
     EngineReady,
     GetIterations,
     Iterations,
     JobEvent,
+    PinAdapters,
     StartJob,
     StopJob,
 )  # fmt: skip
@@ -52,6 +54,7 @@ class ScriptedEngine:
         self.running_jobs: tuple[str, ...] = ()
         self.received: list[Any] = []
         self.drops_answered = True
+        self.pins_refused: dict[str, str] = {}  # digest -> why
         self.connections = 0
         self._silent = False
         self._server: asyncio.Server | None = None
@@ -172,6 +175,9 @@ class ScriptedEngine:
                 return AdapterChecked(message.call_id, None, None, hashlib.sha256(tensors).hexdigest(), 4, len(tensors))
             case DropAdapter() if self.drops_answered:
                 return AdapterDropped(message.call_id)
+            case PinAdapters():
+                digests = {version.digest for version in message.versions}
+                return AdaptersPinned(message.call_id, {d: why for d, why in self.pins_refused.items() if d in digests})
             case GetIterations():
                 return Iterations(message.call_id, ({"seq": 1}, {"seq": 2})[-message.limit :])
         return None

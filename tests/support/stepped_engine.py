@@ -69,7 +69,8 @@ class SteppedEngine:
         self.engine = Engine(
             self.socket, self.intake, self.requests, self.adapters, self.trainer,
             Scheduler(SchedulerConfig(itl_seconds=1.0)), Runner(model, cache, self.requests, self.adapters),
-            iterations, stats, max_running=64, max_adapters=self.adapters.capacity, beat=lambda: None,
+            iterations, stats, max_running=64, beat=lambda: None,
+            max_adapters=lambda: self.adapters.capacity(r.version for r in self.requests),
         )  # fmt: skip
 
     def ref(self, name: str) -> AdapterRef:

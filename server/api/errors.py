@@ -42,7 +42,12 @@ _CODES = {
 
 _REFUSALS: dict[type[Refused], int] = {Invalid: 400, NotFound: 404, Conflict: 409, QueueFull: 429, Unavailable: 503}
 CLIENT_CLOSED_REQUEST = 499  # nobody is there to see it
-_RETRY_MS = {429: 1000, 503: 2000}
+# OpenAI's client repeats 409, 429 and 5xx by itself: of a conflict only another request can come right
+_RETRY_HEADERS = {
+    409: {"x-should-retry": "false"},
+    429: {"retry-after-ms": "1000"},
+    503: {"retry-after-ms": "2000"},
+}
 
 
 ERROR_SCHEMA: dict[str, Any] = {
@@ -114,16 +119,6 @@ def model_not_found(model: str) -> ApiError:
     )
 
 
-def conflict(message: str, *, code: str = "conflict", param: str | None = None) -> ApiError:
-    """409: right in itself, but not in the state that the object is in."""
-    return ApiError(409, message, code=code, param=param)
-
-
-def too_busy(message: str, retry_after_ms: int) -> ApiError:
-    """429 that passes by itself: the client should wait and try again."""
-    return ApiError(429, message, headers={"retry-after-ms": str(retry_after_ms)})
-
-
 def unavailable(message: str, retry_after_ms: int = 2000, *, code: str = "engine_unavailable") -> ApiError:
     """503: the server cannot do this now; the message says what is missing."""
     return ApiError(503, message, code=code, headers={"retry-after-ms": str(retry_after_ms)})
@@ -143,8 +138,7 @@ def internal_error() -> ApiError:
 def from_refusal(refused: Refused) -> ApiError:
     """The status that a refusal of the services behind the routes has."""
     status = next((status for kind, status in _REFUSALS.items() if isinstance(refused, kind)), 400)
-    headers = {"retry-after-ms": str(_RETRY_MS[status])} if status in _RETRY_MS else None
-    return ApiError(status, refused.message, code=refused.code, param=refused.param, headers=headers)
+    return ApiError(status, refused.message, code=refused.code, param=refused.param, headers=_RETRY_HEADERS.get(status))
 
 
 def from_status(status: int, detail: str | None = None, headers: Mapping[str, str] | None = None) -> ApiError:

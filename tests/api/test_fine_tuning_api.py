@@ -3,7 +3,9 @@
 import asyncio
 import json
 
+import httpx
 import pytest
+from openai import AsyncOpenAI, ConflictError
 from scripted_engine import in_world
 
 URL = "/v1/fine_tuning/jobs"
@@ -172,6 +174,26 @@ def test_one_request_is_one_job(tmp_path):
         assert len(set(raced)) == 1
         body["training_file"] = await world.upload(world.b)
         assert await post(world.b, **{"Idempotency-Key": "k1"}) not in (keyed, first)
+
+    in_world(tmp_path, scenario)
+
+
+def test_a_conflict_is_told_once_not_retried(tmp_path):
+    async def scenario(world):
+        job_id = await world.running()
+        world.engine.finish(job_id)
+        await world.status(job_id, "succeeded")
+        sent = []
+
+        async def count(request):
+            sent.append(request.url.path)
+
+        plain = httpx.AsyncClient(transport=world.a._transport, event_hooks={"request": [count]})
+        key = world.a.headers["authorization"].removeprefix("Bearer ")
+        client = AsyncOpenAI(base_url="http://coserve/v1", api_key=key, http_client=plain, max_retries=2)
+        with pytest.raises(ConflictError) as caught:
+            await client.fine_tuning.jobs.cancel(job_id)
+        assert caught.value.code == "invalid_state_transition" and len(sent) == 1
 
     in_world(tmp_path, scenario)
 

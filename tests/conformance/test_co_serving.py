@@ -22,6 +22,7 @@ from http_actions import (
     upload_rows,
 )
 from live_server import LiveServer
+from peft import LoraConfig
 from peft_oracle import (
     assert_greedy_equal,
     distance,
@@ -109,6 +110,7 @@ def test_a_job_over_http_equals_peft_and_adamw(
     job = succeeded(server, client, job.id)
     adapter = download_adapter(server, job.fine_tuned_model, tmp_path)
     assert distance(adapter_tensors(adapter), initial, expected) <= 1e-3
+    assert LoraConfig.from_pretrained(adapter).lora_alpha == 8
     assert job.trained_tokens == sum(len(ids) for ids, _ in rows)
     kinds = [it["tokens"] for it in iterations(server, before)]
     assert any(t["decode"] and t["train_forward"] for t in kinds)
@@ -143,16 +145,18 @@ def test_two_jobs_and_a_third_that_is_cancelled_midway_equal_their_solo_runs(ser
         model, adapter = result(job, f"together-{rank}")
         initial, _ = peft_loop(folder, [], r=rank, alpha=2 * rank, seed=3, step_rows=8, steps=0)
         assert distance(adapter_tensors(adapter), initial, alone[rank]) <= 1e-3
+        assert LoraConfig.from_pretrained(adapter).lora_alpha == 2 * rank
         assert_same_logits(client, model, prompt(40, rank), folder, adapter, 1e-3)
     names = {f"job:{job.id}" for job in (third, *both.values())}
     met = [it for it in iterations(server, before) if len(names.intersection(it["adapters"])) > 1]
     assert met, "no two of them shared an iteration"
 
 
-def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch_of_twelve(server, client):
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch_of_twelve(server, client, top_p):
     def sample(ids: list[int], tokens: int, seed: int, **options):
         return client.completions.create(
-            model="tiny", prompt=ids, max_tokens=tokens, temperature=0.9, top_p=0.9, seed=seed, extra_body=EXACT,
+            model="tiny", prompt=ids, max_tokens=tokens, temperature=0.9, top_p=top_p, seed=seed, extra_body=EXACT,
             **options,
         )  # fmt: skip
 

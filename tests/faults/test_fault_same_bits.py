@@ -50,9 +50,9 @@ def test_a_kill_9_of_the_engine_in_mid_step(server, client, start, calm):
     digest, tokens = calm
     before = newest_iteration(server)
     job_id = start()
-    server.until(lambda: job_step(client, job_id) > CHECKPOINT_EVERY)
+    server.until(lambda: checkpoints_on_disk(server, job_id))
     engine = stopped_in_mid_step(server, job_id, tokens, before)
-    kept = max(int(path.name.removeprefix("step-")) for path in job_folder(server, job_id).glob("checkpoints/step-*"))
+    kept = max(checkpoints_on_disk(server, job_id))
     os.kill(engine, signal.SIGKILL)
     server.wait_restarted("engine", engine)
     job = succeeded(server, client, job_id)
@@ -94,6 +94,11 @@ def stopped_in_mid_step(server: LiveServer, job_id: str, tokens: list[int], befo
 
 def job_folder(server: LiveServer, job_id: str) -> Path:
     return server.data_dir / "jobs" / job_id
+
+
+def checkpoints_on_disk(server: LiveServer, job_id: str) -> list[int]:
+    """The steps of the whole checkpoints."""
+    return [int(path.name.removeprefix("step-")) for path in job_folder(server, job_id).glob("checkpoints/step-*")]
 
 
 def steps_on_disk(server: LiveServer, job_id: str) -> list[dict]:

@@ -10,15 +10,13 @@ import os
 import re
 
 import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-triton = pytest.importorskip("triton")
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from coserve.kernels.attention import paged  # noqa: E402
-from coserve.kernels.layer import kernel as layer  # noqa: E402
-from coserve.kernels.lora import kernel as lora  # noqa: E402
+from coserve.kernels.attention import paged
+from coserve.kernels.layer import kernel as layer
+from coserve.kernels.lora import kernel as lora
 
 SHARED_BYTES = 227 * 1024  # of one multiprocessor, sm_90
 ATOMIC = re.compile(r"^\s*(@%p\d+ )?(atom|red)\.", re.MULTILINE)

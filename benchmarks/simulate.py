@@ -2,12 +2,14 @@
 
     python benchmarks/simulate.py [--card cpu-270m] [--streams 4 | --arrivals gamma --rate 0.8 --cv 4] [--jobs 1]
         [--promise 2] [--fault restart] [--plot FILE.png] [--json FILE]
+    python benchmarks/simulate.py --fleet --tenants 2000 --adapters 2 --rate 50 --jobs 100
 
 No model and no server: the same scheduler object as the engine's plans under a virtual clock. The card says what work
 costs; `cpu-270m` was fitted to recorded iterations, `h200-8b` is worked out from two measured ceilings and not from a
 run. Clients of `--streams` send one request after another; `--arrivals` sends requests at drawn times, whatever
 becomes of them. Retention and load are those of benchmarks/coserving.py; gain is their sum where 99% of requests are
-inside both promises, and taking turns cannot bring it above 1. Figures are means over the seeds, latencies over all their tokens.
+inside both promises, and taking turns cannot bring it above 1. Figures are means over the seeds, latencies over all
+their tokens. With `--fleet` the script says instead how many such engines all tenants together need.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import importlib.util
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from coserve.scheduler.features import ForwardLoad
 from coserve.scheduler.simulation import Card, Setup, cards, policies, simulate
 from coserve.scheduler.simulation import report as judge
 from coserve.scheduler.simulation.faults import Fault, MemoryPressure, Restart, Slowdown
+from coserve.scheduler.simulation.fleet import Demand, engines_needed
 from coserve.scheduler.simulation.ledger import Ledger
 from coserve.scheduler.simulation.report import ATTAINMENT, best_alone, largest_rate, percentile, service
 from coserve.scheduler.simulation.workloads import (
@@ -134,6 +137,9 @@ def main() -> None:
     itl = arguments.itl_ms / 1e3 if arguments.itl_ms else arguments.promise * decode_step(card)
     config = SchedulerConfig(itl_seconds=itl)
     known = policies(config)
+    if arguments.fleet:
+        fleet(arguments, Setup(card, itl, TTFT_STEPS * itl, window=arguments.window), known["coserve"])
+        return
     chosen = arguments.policy or list(known)
     if unknown := [name for name in chosen if name not in known]:
         options.error(f"no such policy: {unknown[0]}; there are {', '.join(known)}")
@@ -169,6 +175,35 @@ def main() -> None:
         figures={"training_alone": alone, "best_alone": best, "promise_s": itl, "policies": found},
     )
     report.emit(arguments.json)
+
+
+def fleet(arguments: argparse.Namespace, setup: Setup, make: Callable[[], Any]) -> None:
+    """Engines needed, with requests sent to the engine that holds their adapter, and without."""
+    demand = Demand(
+        arguments.tenants, arguments.adapters, arguments.rate, arguments.power,
+        cv=arguments.cv if arguments.arrivals == "gamma" else 1.0,
+        lengths=Lengths(arguments.prompt, arguments.new_tokens, arguments.spread),
+        jobs=arguments.jobs, training=arguments.training,
+    )  # fmt: skip
+    found = {}
+    for name, affine in (("by adapter", True), ("to any engine", False)):
+        say(f"requests go {name}")
+        found[name] = engines_needed(make, setup, demand, affine=affine, seconds=arguments.seconds)
+    Report(
+        f"Simulated fleet: {setup.card.name}, {demand.tenants} tenants with {demand.adapters} adapters each, "
+        f"{demand.rate:g} requests/s, {demand.jobs} job(s), promise {setup.itl * 1e3:.0f} ms between tokens",
+        ["requests go", "engines", "requests/s of the busiest", "mean", "adapters of one engine, at most",
+         "requests inside both, worst", "training tokens/s, all"],
+        {"commit": commit(), "places for adapters": str(setup.max_adapters), "seconds each": f"{arguments.seconds:g}"},
+        rows=[
+            [name, f.engines, f.busiest_rate, f.mean_rate, f.most_adapters,
+             _cell(("inside", f.worst_attainment)), f.training_rate]
+            for name, f in found.items()
+        ],
+        notes=["The busiest engine and three others of each fleet were simulated; a fleet is large enough when each of "
+               "them keeps 99% of its requests inside both promises and all jobs together train as fast as asked."],
+        figures={name: asdict(f) for name, f in found.items()},
+    ).emit(arguments.json)  # fmt: skip
 
 
 def plot(file: Path, ledgers: dict[str, Ledger], found: dict[str, dict[str, Any]]) -> None:
@@ -218,6 +253,8 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--seeds", type=int, default=4)
     options.add_argument("--fault", choices=["slow", "memory", "restart"], action="append", default=[])
     options.add_argument("--policy", action="append", metavar="NAME", help="only these [all]")
+    options.add_argument("--fleet", action="store_true", help="how many engines do --rate and --jobs of all need?")
+    options.add_argument("--training", type=float, default=0.0, help="tokens/s that a fleet's jobs are to have, all")
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw the comparison (needs matplotlib)")
     options.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     return options

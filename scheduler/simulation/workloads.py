@@ -35,6 +35,13 @@ class Lengths:
         return max(1, round(min(drawn, self.most * mean)))
 
 
+class Senders(Protocol):
+    """Who sends the next request."""
+
+    def chooser(self, rng: random.Random) -> Callable[[], tuple[str, float, str | None, str]]:
+        """Draws (tenant, weight, adapter, class)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Population:
     """Who sends: tenants and adapters, the i-th as often as i ** -power says; every tenant has adapters of its own."""
@@ -125,9 +132,9 @@ class Trace:
     """Requests at given times, whatever becomes of them."""
 
     def __init__(self, times: Iterable[float], seed: int, lengths: Lengths | None = None,
-                 population: Population | None = None, ttft: float = 1.0) -> None:  # fmt: skip
+                 senders: Senders | None = None, ttft: float = 1.0) -> None:  # fmt: skip
         rng = random.Random(seed)
-        lengths, choose = lengths or Lengths(), (population or Population()).chooser(rng)
+        lengths, choose = lengths or Lengths(), (senders or Population()).chooser(rng)
         self._streams = []
         for i, at in enumerate(sorted(times)):
             (prompt, outputs), (tenant, weight, adapter, slo_class) = lengths.draw(rng), choose()

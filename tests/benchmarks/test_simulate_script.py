@@ -33,7 +33,8 @@ def test_the_table_and_the_figures_agree_and_repeat(tmp_path: Path) -> None:
     assert ours["gain"] == pytest.approx(ours["retention"] + ours["output tokens/s"] / figures["best_alone"])
     assert idle["training tokens/s"] == 0.0 and idle["output tokens/s"] > ours["output tokens/s"] > 0.0
     assert figures["promise_s"] == pytest.approx(0.109, abs=0.002), "twice the decode step at four streams"
-    assert run(tmp_path) == (output, figures)
+    again = run(tmp_path)[1]
+    assert {**again, "machine": None} == {**figures, "machine": None}
 
 
 def test_arrivals_tenants_and_faults(tmp_path: Path) -> None:
@@ -43,6 +44,15 @@ def test_arrivals_tenants_and_faults(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "0.4 requests/s (bursts), 2 job(s), promise 218 ms" in output
     assert figures["policies"]["coserve"]["load"] == pytest.approx(0.4 / figures["best_alone"])
+
+
+def test_a_fleet_for_many_tenants(tmp_path: Path) -> None:
+    output, figures = run(tmp_path, "--fleet", "--tenants=200", "--adapters=1", "--rate=4", "--jobs=4", "--promise=4")
+    rows = {cells[1].strip(): cells[2:] for line in output.splitlines() if len(cells := line.split("|")) > 3}
+    for name in ("by adapter", "to any engine"):
+        assert int(rows[name][0]) == figures[name]["engines"] > 1
+        assert figures[name]["worst_attainment"] >= 0.99
+    assert figures["by adapter"]["most_adapters"] < figures["to any engine"]["most_adapters"] == 200
 
 
 def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from coserve.server.gateway.job_events import STORAGE_FULL, Translation
 from coserve.server.gateway.job_history import JobHistory
 from coserve.server.gateway.job_preparation import Preparer
 from coserve.server.gateway.job_queue import Waiting, to_start
+from coserve.server.gateway.job_room import MARGIN_BYTES, RoomWait
 from coserve.server.gateway.job_signals import JobSignals
 from coserve.server.gateway.job_validation import JobValidation
 from coserve.server.store.datadir import DataDirectory
@@ -31,8 +32,7 @@ from coserve.server.wire.messages import Drained, EngineReady, JobEvent, StartJo
 log = logging.getLogger("coserve.jobs")
 
 TICK_SECONDS = 5.0
-PLENTY_OF_ROOM = 256 * 1024**2  # free bytes of the disk with which any paused job may try again
-SOME_ROOM = 1024**2  # bytes that became free: worth a try too
+SOME_ROOM = 1024**2  # bytes that became free: a job may have been unable to say that it paused
 
 
 class JobController:
@@ -59,6 +59,7 @@ class JobController:
         self._worker: asyncio.Task[None] | None = None
         self._draining = False
         self._free_bytes = 0  # of the disk, at the latest tick
+        self._room = RoomWait()
 
     # ------------------------------------------------------------------ life
 
@@ -224,6 +225,10 @@ class JobController:
         return reached
 
     async def _applied(self, job: Job, translation: Translation) -> bool:
+        if translation.change.status == PAUSED and job.progress.get("reason") == STORAGE_FULL:
+            self._room.paused(job.id, time.monotonic())
+        elif translation.checkpoint is not None or job.status in FINAL:
+            self._room.wrote(job.id)
         forgiven = translation.change.crashes == 0
         if forgiven and job.id in self._active:
             self._active[job.id] = 0
@@ -286,14 +291,14 @@ class JobController:
             if job is not None:
                 await self._catch_up(job)
         before, self._free_bytes = self._free_bytes, shutil.disk_usage(self._data.root).free
-        freed = before < PLENTY_OF_ROOM and self._free_bytes >= before + SOME_ROOM
-        if freed:
+        if before < MARGIN_BYTES and self._free_bytes >= before + SOME_ROOM:
             # A full disk may have kept the engine from saying that it paused: running jobs ignore this.
             for job in await self._store.jobs.all_with_status_for_recovery((RUNNING,)):
                 if job.id in self._active and job.requested is None:
                     await self._tell(StartJob(job.id, job.tenant))
         for job in await self._store.jobs.all_with_status_for_recovery((PAUSED,)):
-            if job.progress.get("reason") == STORAGE_FULL and (freed or self._free_bytes >= PLENTY_OF_ROOM):
+            needed, full = job.progress.get("room_needed") or 0, job.progress.get("reason") == STORAGE_FULL
+            if full and self._room.may_go_on(job.id, needed, self._free_bytes, time.monotonic()):
                 await self._change(
                     job, job_changes.queued_again(job, "There is room on the disk again; the job goes on")
                 )

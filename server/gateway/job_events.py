@@ -169,7 +169,10 @@ def _paused(job: Job, data: Mapping[str, Any], told: NewEvent) -> Translation:
         return Translation(JobChange(clear_requested=True), released=True)
     if job.requested != "pause" and not full:
         return Translation(JobChange(progress={**job.progress, "eta_seconds": None}), released=True)
-    progress = {**job.progress, "eta_seconds": None, "reason": STORAGE_FULL if full else None}
+    progress = {
+        **job.progress, "eta_seconds": None, "reason": STORAGE_FULL if full else None,
+        "room_needed": data.get("needs_bytes"),
+    }  # fmt: skip
     change = JobChange(status=PAUSED, clear_requested=True, progress=progress, events=[told])
     return Translation(change, released=True)
 

@@ -347,6 +347,11 @@ class TrainingJob:
             self._progress, self.config, self.params, self._optimizer, self._base_digest, self._base_model_name
         )
 
+    def _checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: the adapter and two moments of each weight, and a quarter for the rest."""
+        weights = sum(t.numel() * t.element_size() for pair in self.params.values() for t in (pair.a, pair.b))
+        return weights * 15 // 4
+
     def _flush(self) -> bool:
         """Carry out what is due on the disk. No room: the job pauses and keeps the rest. Broken disk: it fails."""
         try:
@@ -354,7 +359,8 @@ class TrainingJob:
                 return True
             if self.state == "running":
                 self.state, self.paused_reason = "paused", "storage_full"
-                self._emit_if_possible("paused", "warn", NO_ROOM, {"step": self.step, "reason": "storage_full"})
+                data = {"step": self.step, "reason": "storage_full", "needs_bytes": self._checkpoint_bytes()}
+                self._emit_if_possible("paused", "warn", NO_ROOM, data)
             elif self.state == "paused":
                 self.paused_reason = "storage_full"
         except OSError as error:

@@ -2,11 +2,13 @@
 
 import asyncio
 import errno
+import time
 
 from scripted_engine import in_world
 
 from coserve.server.data import token_file
 from coserve.server.gateway import adapter_folders, job_controller
+from coserve.server.gateway.job_room import LONGEST_WAIT, MARGIN_BYTES, RoomWait, room_wanted
 
 
 def test_one_job_whose_events_cannot_be_stored_does_not_hold_up_the_others(tmp_path, monkeypatch):
@@ -62,11 +64,12 @@ def test_a_pause_for_lack_of_room_ends_when_there_is_room(tmp_path, monkeypatch)
     async def scenario(world):
         world.services.controller._tick_seconds = 0.02
         full, silent = await world.running(), await world.running()
-        world.engine.tell(full, "paused", "No room", step=3, reason="storage_full")
+        world.engine.tell(full, "paused", "No room", step=3, reason="storage_full", needs_bytes=50_000_000)
         assert (await world.status(full, "paused"))["progress"]["reason"] == "storage_full"
+        free[0] = 150_000_000  # some, but it would soon be full again: 2 x 50 MB and a margin are wanted
         await asyncio.sleep(0.1)
         assert world.engine.started().count(full) == 1
-        free[0] = 50_000_000
+        free[0] = 200_000_000
         await world.started(full, 2)
         await world.started(silent, 2)  # the disk was too full to say that it paused, too
         assert (await world.job(silent))["status"] == "running"
@@ -80,6 +83,49 @@ def test_a_pause_for_lack_of_room_ends_when_there_is_room(tmp_path, monkeypatch)
         assert (await world.job(asked))["status"] == "paused", "a pause that was asked for stays"
 
     in_world(tmp_path, scenario)
+
+
+def test_a_job_that_finds_no_room_again_and_again_waits_longer_each_time(tmp_path):
+    """A quota, for instance: the disk says that there is room, and there is none."""
+
+    async def scenario(world):
+        world.services.controller._tick_seconds = 0.02
+        world.services.controller._room = RoomWait(first_wait=0.2)
+        job_id = await world.running()
+        took = []
+        for tries in range(2, 5):
+            began = time.monotonic()
+            world.engine.tell(job_id, "paused", "No room", step=1, reason="storage_full")
+            await world.started(job_id, tries)
+            took.append(time.monotonic() - began)
+            world.engine.tell(job_id, "started", "resumed", total_steps=10, step=1)
+            await world.status(job_id, "running")
+        assert took[0] < 0.2 < 0.3 < took[2] and took[1] >= 0.2
+        world.engine.checkpoint(job_id, 2)  # there is room: the next pause is a first one
+        began = time.monotonic()
+        world.engine.tell(job_id, "paused", "No room", step=3, reason="storage_full")
+        await world.started(job_id, 5)
+        assert time.monotonic() - began < 0.2
+        messages = await world.messages(job_id)
+        assert messages.count("There is room on the disk again; the job goes on") == 4
+
+    in_world(tmp_path, scenario)
+
+
+def test_the_marks_of_a_full_disk_lie_apart():
+    wait = RoomWait()
+    assert not wait.may_go_on("j", 10 * MARGIN_BYTES, room_wanted(10 * MARGIN_BYTES) - 1, 0.0)
+    assert wait.may_go_on("j", 10 * MARGIN_BYTES, room_wanted(10 * MARGIN_BYTES), 0.0), "also after a restart"
+    assert room_wanted(0) == MARGIN_BYTES
+    now, waits = 0.0, []
+    for _ in range(12):
+        wait.paused("j", now)
+        went = now
+        while not wait.may_go_on("j", 0, MARGIN_BYTES, went):
+            went += 1.0
+        waits.append(went - now)
+        now = went
+    assert waits[:4] == [0.0, 10.0, 20.0, 40.0] and waits[-1] == LONGEST_WAIT
 
 
 def test_no_room_for_the_tokens_fails_the_job_and_leaves_nothing(tmp_path, monkeypatch):

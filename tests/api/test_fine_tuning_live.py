@@ -1,6 +1,5 @@
 """The official client, unmodified, against a whole server with a tiny model: files, jobs, checkpoints, adapters."""
 
-import concurrent.futures
 import io
 import json
 import tarfile
@@ -203,23 +202,6 @@ def test_a_client_that_retries_makes_one_job(client, server, file):
     again = retrying.fine_tuning.jobs.create(**body, extra_headers={"x-stainless-retry-count": "1"})
     assert first.id == again.id
     wait(client, first.id, "succeeded")
-
-
-def test_jobs_beside_each_other_equal_the_same_jobs_alone(client, server, file):
-    """Same seed, same data: what shares the iterations does not show in the losses beyond rounding."""
-
-    def train(rank):
-        body = {"adapter": {"r": rank, "alpha": 8}, "training": {"max_steps": 3, "learning_rate": 1e-2}}
-        job = client.fine_tuning.jobs.create(model="tiny", training_file=file, seed=1, extra_body=body)
-        wait(client, job.id, "succeeded")
-        events = client.fine_tuning.jobs.list_events(job.id, limit=100)
-        return [e.data["train_loss"] for e in reversed(list(events)) if e.type == "metrics"]
-
-    alone = [train(3), train(17)]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(train, (3, 17)))
-    for a, b in zip(alone, together, strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_iterations_carry_training_tokens(server, trained):

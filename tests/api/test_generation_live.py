@@ -327,28 +327,6 @@ def test_no_extreme_ends_the_engine_and_a_neighbour_never_notices(server, client
     assert server.pid("engine") == pid
 
 
-def test_a_hundred_closed_streams_leave_nothing_behind(server):
-    with server.http() as http:
-        for count in range(100):
-            body = {"model": "tiny", "prompt": f"{count} Hello", "max_tokens": 400, "stream": True, "ignore_eos": True}
-            with http.stream("POST", "/v1/completions", json=body) as answer:
-                if count % 3:
-                    next(answer.iter_bytes())
-
-        def idle():
-            values = dict(
-                line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if not line.startswith("#")
-            )
-            return (
-                float(values["coserve_requests_running"]) == 0
-                and float(values["coserve_requests_waiting"]) == 0
-                and values["coserve_kv_blocks_free"] == values["coserve_kv_blocks_total"]
-                and float(values["coserve_gateway_waiting"]) == 0
-            )
-
-        server.until(idle, seconds=5)
-
-
 def test_metrics_after_all_this(server):
     with server.http() as http:
         time.sleep(1.1)

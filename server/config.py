@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from coserve.server.validation_words import reason_of
+
 ENVIRONMENT_PREFIX = "COSERVE_"
 
 _BYTE_UNITS = {
@@ -65,6 +67,8 @@ class Settings(BaseModel):
     max_model_len: int | None = Field(default=None, ge=1, description="longest context, in tokens")
     kv_memory: Bytes | None = None
     adapter_memory: Bytes | None = None
+    activation_memory: Bytes | None = None
+    adapter_cache_memory: Bytes | None = None
     block_size: int = Field(default=16, ge=1, description="tokens a K/V block")
     adapter_page_rows: int = Field(default=8, ge=1, description="rank rows a page of the adapter pool")
     max_running: int | None = Field(default=None, ge=1, description="sequences that run at once")
@@ -152,8 +156,7 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     if first["type"] == "extra_forbidden":
         known = ", ".join(sorted(Settings.model_fields))
         return f"unknown setting {name} {sources.get(field, '')}: known are {known}"
-    reason = first["msg"].removeprefix("Value error, ")
-    return f"{name} {sources.get(field, '')} cannot be used: {reason}"
+    return f"{name} {sources.get(field, '')} cannot be used: {reason_of(first)}"
 
 
 def write_process_settings(path: Path, settings: Settings, socket_path: str) -> None:

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from coserve.server.gateway.refusals import Conflict, Invalid, NotFound, QueueFull, Refused, Unavailable
+from coserve.server.validation_words import reason_of
 
 _TYPES = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -171,51 +172,10 @@ def from_faults(faults: Sequence[Mapping[str, Any]], *, skip: int = 0) -> ApiErr
     if first["type"] == "extra_forbidden":
         param = place(first["loc"][skip:-1], key=str(first["loc"][-1]))
         return invalid(f"Unknown parameter: '{param}'.", param, code="unknown_parameter")
-    reasons = [_reason(fault) for fault, one in zip(faults, places, strict=True) if one == param]
+    reasons = [reason_of(fault) for fault, one in zip(faults, places, strict=True) if one == param]
     reasons = [reasons[0], *(reason.removeprefix("must be ") for reason in reasons[1:])]
     reason = " or ".join(dict.fromkeys(reasons))
     return invalid(f"Invalid value for '{param}': {reason}." if param else f"{reason}.", param or None)
-
-
-_KINDS = {
-    "string_type": "must be a string",
-    "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_parsing_size": "must be a whole number",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
-    "list_type": "must be a list",
-    "dict_type": "must be an object",
-    "model_type": "must be an object",
-    "model_attributes_type": "must be an object",
-    "literal_error": "must be {expected}",
-    "greater_than": "must be greater than {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be at most {le}",
-    "string_pattern_mismatch": "must match {pattern}",
-    "string_too_short": "must have at least {min_length} characters",
-    "string_too_long": "must have at most {max_length} characters",
-    "too_short": "must have at least {min_length} entries",
-    "too_long": "must have at most {max_length} entries",
-}
-
-
-def _reason(fault: Mapping[str, Any]) -> str:
-    """What a value must be; pydantic's own sentence where it has no better one."""
-    known, limits = _KINDS.get(fault["type"]), fault.get("ctx", {})
-    if known is None:
-        return str(fault["msg"]).removeprefix("Value error, ").rstrip(".")
-    if limits.get("min_length") == 1:
-        return "must not be empty"
-    return known.format_map({name: _plain(value) for name, value in limits.items()})
-
-
-def _plain(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def place(location: Sequence[str | int], *, key: str | None = None) -> str:

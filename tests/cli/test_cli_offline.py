@@ -90,7 +90,9 @@ def test_serve_has_every_option_of_the_readme():
     [
         (["serve"], "--model"),
         (["serve", "--model", "x", "--kv-memory", "lots"], "512MiB"),
-        (["serve", "--model", "x", "--port", "70000"], "--port"),
+        (["serve", "--model", "x", "--port", "70000"], "--port cannot be used: must be at most 65535"),
+        (["serve", "--model", "x", "--threads", "0"], "--threads cannot be used: must be at least 1"),
+        (["serve", "--model", ""], "--model cannot be used: must not be empty"),
         (["serve", "--model", "x", "--config", "/none.toml"], "/none.toml"),
         (["finetune", "/none.jsonl"], "/none.jsonl"),
         (["adapters", "download", "x", "--output", "/tmp"], "--output"),

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from coserve.kernels.attention import paged
+from coserve.kernels.attention import paged, varlen
 from coserve.kernels.layer import kernel as layer
 from coserve.kernels.lora import kernel as lora
 
@@ -22,10 +22,11 @@ SHARED_BYTES = 227 * 1024  # of one multiprocessor, sm_90
 ATOMIC = re.compile(r"^\s*(@%p\d+ )?(atom|red)\.", re.MULTILINE)
 # Pointers by name: to the model's dtype, to float32, to int32. Every other argument is an int32 or a constant.
 MODEL = {"x", "y", "flat", "right", "query", "keys", "values",
-         "dx", "dy", "weight", "cos", "sin", "gate", "up", "d_gate", "d_up"}  # fmt: skip
-FLOATS = {"hidden", "parts", "scaling", "part_out", "part_max", "part_sum", "sinks"}
+         "q", "k", "v", "grad", "dq", "dk", "dv", "dx", "dy", "weight", "cos", "sin",
+         "gate", "up", "d_gate", "d_up"}  # fmt: skip
+FLOATS = {"lse", "delta", "hidden", "parts", "scaling", "part_out", "part_max", "part_sum", "sinks"}
 INTS = {"rows", "blocks", "chunks", "chunk_starts", "numbers", "index", "columns",
-        "tables", "contexts", "starts", "counts", "tiles"}  # fmt: skip
+        "spans", "tables", "contexts", "starts", "counts", "tiles"}  # fmt: skip
 
 LORA = {"SPLITS": 4, "BLOCK_R": 32, "WIDEN": False}
 SHRINK = LORA | {"SLICES": 2, "BLOCK_M": 16, "BLOCK_K": 128}
@@ -35,6 +36,10 @@ ATTEND = {"BLOCK_SIZE": 16, "GROUP": 4, "WINDOW": True, "SOFTCAP": True, "SINKS"
 def heads(dim, rows, splits):
     sizes = {"DIM": dim, "VALUE_DIM": dim, "BLOCK_D": dim, "BLOCK_V": dim, "BLOCK_M": 4 * rows, "BLOCK_N": 64}
     return ATTEND | sizes | {"ROWS": rows, "SPLITS": splits}
+
+
+SPAN = {"GROUP": 4, "DIM": 64, "VALUE_DIM": 64, "BLOCK": 64, "BLOCK_D": 64, "BLOCK_V": 64, "WINDOW": True,
+        "SOFTCAP": True, "WIDEN": False}  # fmt: skip
 
 
 KERNELS = {
@@ -48,6 +53,9 @@ KERNELS = {
     "prefill 256": (paged._attend, "bf16", "bf16", heads(256, 16, 1)),
     "decode 128": (paged._attend, "bf16", "bf16", heads(128, 4, 4)),
     "combine": (paged._combine, "bf16", "bf16", {"VALUE_DIM": 128, "BLOCK_V": 128, "SINKS": True, "SPLITS": 16}),
+    "training forward": (varlen._forward, "bf16", "bf16", SPAN | {"SINKS": True}),
+    "training backward, queries": (varlen._backward_queries, "bf16", "bf16", SPAN),
+    "training backward, keys": (varlen._backward_keys, "bf16", "bf16", SPAN),
     "rms_norm": (layer._rms_norm, "bf16", "bf16", {"UNIT_OFFSET": False, "BLOCK": 4096}),
     "rms_norm_backward": (layer._rms_norm_backward, "bf16", "bf16", {"UNIT_OFFSET": True, "BLOCK": 4096}),
     "rope": (

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -14,15 +16,18 @@ from starlette.responses import Response
 
 from coserve.server.api.auth import Caller
 from coserve.server.api.dependencies import ServicesOf, body_schema, read_json, validated
-from coserve.server.api.errors import invalid
+from coserve.server.api.errors import invalid, storage_unavailable
 from coserve.server.api.fine_tuning_models import CreateJob, checkpoint_object, event_object, job_object
 from coserve.server.api.lists import After, list_object
 from coserve.server.gateway.job_service import job_not_found
 from coserve.server.gateway.services import Services
 from coserve.server.gateway.sse import DONE, KEEPALIVE, EventStream, event
+from coserve.server.store.errors import StoreUnavailable
 from coserve.server.store.submissions import Submission
 from coserve.server.store.transitions import FINAL
 from coserve.server.tenancy.principal import Principal
+
+log = logging.getLogger("coserve.jobs")
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
@@ -107,6 +112,16 @@ async def list_checkpoints(
 
 
 async def _follow(services: Services, tenant: str, job_id: str) -> AsyncGenerator[bytes, None]:
+    try:
+        async with aclosing(_events(services, tenant, job_id)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+    except StoreUnavailable as error:  # a stream that merely stopped would look complete to the client
+        log.error("the events of job %s could not be read: %s", job_id, error)
+        yield event(storage_unavailable().body())
+
+
+async def _events(services: Services, tenant: str, job_id: str) -> AsyncGenerator[bytes, None]:
     signals, position = services.controller.signals, 0
     while True:
         ticket = signals.ticket(job_id)
@@ -128,7 +143,7 @@ async def _follow(services: Services, tenant: str, job_id: str) -> AsyncGenerato
 
 
 def _nothing() -> None:
-    """Whatever ends the stream, `_follow` gives back its own ticket."""
+    """Whatever ends the stream, `_events` gives back its own ticket."""
 
 
 def _submission(request: Request, caller: Principal, body: dict[str, Any]) -> Submission:

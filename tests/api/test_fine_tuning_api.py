@@ -8,6 +8,8 @@ import pytest
 from openai import AsyncOpenAI, ConflictError
 from scripted_engine import in_world
 
+from coserve.server.store.errors import StoreUnavailable
+
 URL = "/v1/fine_tuning/jobs"
 KEYS = {
     "id", "object", "created_at", "model", "organization_id", "seed", "status", "training_file", "validation_file",
@@ -253,6 +255,26 @@ def test_streamed_events_follow_the_job_to_its_end(tmp_path):
         assert [e["message"] for e in events] == await world.messages(job_id)
         assert not any(line.startswith("id:") for line in answer.text.splitlines())
         assert (await world.b.get(f"{URL}/{job_id}/events", params={"stream": "true"})).status_code == 404
+        assert world.services.controller.signals._waiting == {}
+
+    in_world(tmp_path, scenario)
+
+
+def test_a_stream_of_events_that_fails_says_so(tmp_path):
+    async def scenario(world):
+        job_id = await world.running()
+        since = world.services.store.events.since
+
+        async def failing(tenant, job, position):
+            if position:
+                raise StoreUnavailable("the disk is away")
+            return await since(tenant, job, position)
+
+        world.services.store.events.since = failing
+        answer = await world.a.get(f"{URL}/{job_id}/events", params={"stream": "true"})
+        *events, last = [line for line in answer.text.split("\n\n") if line.startswith("data: ")]
+        assert len(events) >= 3 and "[DONE]" not in answer.text and "disk" not in answer.text
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "storage_unavailable"
         assert world.services.controller.signals._waiting == {}
 
     in_world(tmp_path, scenario)

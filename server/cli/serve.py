@@ -21,6 +21,8 @@ from coserve.server.cli.numbers import FINITE
 @click.option("--max-model-len", type=int, metavar="N", help="Longest context, in tokens. [the model's]")
 @click.option("--kv-memory", metavar="BYTES", help="For keys and values, as 512MiB or 4GB. [1GiB on a CPU]")
 @click.option("--adapter-memory", metavar="BYTES", help="For adapters on the device. [256MiB on a CPU]")
+@click.option("--activation-memory", metavar="BYTES", help="For what training stores. [2GiB on a CPU]")
+@click.option("--adapter-cache-memory", metavar="BYTES", help="For adapters beside the device. [512MiB on a CPU]")
 @click.option("--slo-ttft-ms", type=FINITE, metavar="N", help="Promise for the first token. [auto]")
 @click.option("--slo-itl-ms", type=FINITE, metavar="N", help="Promise between two tokens. [auto]")
 @click.option("--train-window", type=int, metavar="N", help="Most tokens of a training window. [auto]")

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from coserve.server.engine.attention import ATTENTION_NAME, UnsupportedModel, register
+from coserve.server.engine.memory import memory_problem
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.options import EngineOptions
 from coserve.server.engine.probe import probe
@@ -52,7 +53,11 @@ def load_model(options: EngineOptions) -> LoadedModel:
     if config_values.get("quantization_config"):
         raise ModelRefused(f"{folder}: the weights are quantised; convert the model to plain safetensors first")
     dtype, device = options.torch_dtype(), options.torch_device()
-    _check_memory(weights, dtype, device, options)
+    # Packed products keep a blocked copy of each weight, and one of its transpose.
+    copies = 3 if packing_available(dtype, device) else 1
+    problem = memory_problem(_elements(weights) * dtype.itemsize * copies, config, dtype, options)
+    if problem is not None:
+        raise ModelRefused(f"{folder}: {problem}")
     try:
         probe(config)
     except UnsupportedModel as error:
@@ -114,7 +119,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _check_memory(files: list[Path], dtype: torch.dtype, device: torch.device, options: EngineOptions) -> None:
+def _elements(files: list[Path]) -> int:
+    """Of all weights together."""
     elements = 0
     for file in files:
         if not os.access(file, os.R_OK):
@@ -126,26 +132,7 @@ def _check_memory(files: list[Path], dtype: torch.dtype, device: torch.device, o
                     elements += int(torch.Size(shape).numel())
         except (SafetensorError, OSError) as error:
             raise ModelRefused(f"{file}: not a whole safetensors file: {_line(error)}") from error
-    # Packed products keep a blocked copy of each weight, and one of its transpose.
-    copies = 3 if packing_available(dtype, device) else 1
-    wanted = elements * dtype.itemsize * copies + options.kv_bytes() + options.adapter_bytes()
-    free = _available_bytes(device)
-    if wanted > free:
-        gib = 2**30
-        raise ModelRefused(
-            f"the model, its K/V cache and its adapters take {wanted / gib:.1f} GiB and {free / gib:.1f} GiB are free; "
-            "lower --kv-memory or --adapter-memory, choose --dtype bfloat16, or take a smaller model"
-        )
-
-
-def _available_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return elements
 
 
 def _digest(folder: Path, files: list[Path]) -> str:

@@ -25,6 +25,8 @@ class EngineOptions:
     max_model_len: int | None = None
     kv_memory: int | None = None
     adapter_memory: int | None = None
+    activation_memory: int | None = None
+    adapter_cache_memory: int | None = None
     block_size: int = 16
     adapter_page_rows: int = 8
     max_running: int | None = None
@@ -72,5 +74,13 @@ class EngineOptions:
         return self.train_window or (256 if self.torch_device().type == "cpu" else 1024)
 
     def activation_bytes(self) -> int:
+        if self.activation_memory is not None:
+            return self.activation_memory
         # A constant, not what is free now: how a step is cut must not change across a restart.
         return 2048 * _MIB if self.torch_device().type == "cpu" else 16384 * _MIB
+
+    def adapter_cache_bytes(self) -> int:
+        """Of parsed adapters in the host's memory: twice what a CPU's pool holds by default."""
+        if self.adapter_cache_memory is not None:
+            return self.adapter_cache_memory
+        return (512 if self.torch_device().type == "cpu" else 2048) * _MIB

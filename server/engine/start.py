@@ -28,6 +28,7 @@ from coserve.server.engine.runner import Runner
 from coserve.server.engine.shapes import layer_shapes
 from coserve.server.engine.stats import StatsClock
 from coserve.server.engine.trainer import Trainer
+from coserve.server.training.fault import is_out_of_memory
 from coserve.server.training.peft.folder import read_folder
 from coserve.server.wire.lifeline import Heartbeat
 from coserve.server.wire.messages import EngineReady
@@ -38,11 +39,22 @@ log = logging.getLogger("coserve.engine")
 _ITL_STEPS = 2.0  # a CPU's automatic inter-token promise, in decode steps at four streams
 _TTFT_STEPS = 20.0  # and its first-token promise, in inter-token promises
 _CUDA_ITL, _CUDA_TTFT = 0.050, 1.0
-_HOST_CACHE_BYTES = 2 * 2**30  # parsed adapters kept in host memory
 
 
 def build_engine(options: EngineOptions, heartbeat: Heartbeat) -> tuple[Engine, Intake]:
     """Everything up to, not including, the first iteration. Raises ModelRefused."""
+    try:
+        return _build(options, heartbeat)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelRefused(
+            f"{options.model}: memory ran out while the engine started; lower --kv-memory, --adapter-memory or "
+            "--max-running, choose --dtype bfloat16, or take a smaller model"
+        ) from error
+
+
+def _build(options: EngineOptions, heartbeat: Heartbeat) -> tuple[Engine, Intake]:
     if options.threads:
         torch.set_num_threads(options.threads)
     loaded = load_model(options)
@@ -53,7 +65,7 @@ def build_engine(options: EngineOptions, heartbeat: Heartbeat) -> tuple[Engine, 
     def read(folder: Path) -> Weights:
         return read_folder(folder, model.sites, loaded.digest)[1]
 
-    loader = AdapterLoader(read, _HOST_CACHE_BYTES)
+    loader = AdapterLoader(read, options.adapter_cache_bytes())
     adapters = AdapterBook(pool, loader, options.data_dir)
 
     calibrated = RequestBook(blocks, 1.0, 1.0)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Report, commit, say
+from recorded import read_trace
 
 from coserve.scheduler import SchedulerConfig
 from coserve.scheduler.features import ForwardLoad
@@ -60,16 +61,20 @@ class Case:
     seeds: int
     lengths: Lengths
     population: Population
-    arrivals: str  # "closed" or a kind of arrivals
-    load: float  # streams, or requests a second
+    arrivals: str  # "closed", "replay" or a kind of arrivals
+    load: float  # streams, times as fast, or requests a second
     cv: float
     jobs: Sequence[TrainingJob]
     faults: Sequence[Fault]
+    recorded: Sequence[tuple[float, int, int]] = ()  # of a replayed trace; its load is how many times as fast it goes
 
     def workload(self, seed: int, load: float | None = None) -> Workload:
         load = self.load if load is None else load
         if self.arrivals == "closed":
             return ClosedLoop(round(load), seed, self.lengths, ttft=self.setup.ttft)
+        if self.arrivals == "replay":
+            fast = [(at / load, prompt, outputs) for at, prompt, outputs in self.recorded] if load else []
+            return Trace.replay([r for r in fast if r[0] < self.seconds], seed, self.population, self.setup.ttft)
         rng = random.Random(seed)
         draw: dict[str, Callable[[], list[float]]] = {
             "poisson": lambda: poisson(rng, load, self.seconds),
@@ -143,17 +148,20 @@ def main() -> None:
     chosen = arguments.policy or list(known)
     if unknown := [name for name in chosen if name not in known]:
         options.error(f"no such policy: {unknown[0]}; there are {', '.join(known)}")
+    recorded = read_trace(arguments.trace) if arguments.trace else []
+    arrivals = "replay" if recorded else arguments.arrivals
     case = Case(
         setup=Setup(card, itl, TTFT_STEPS * itl, window=arguments.window, blocks=16384, max_running=256),
         seconds=arguments.seconds + WARM_UP,
         seeds=arguments.seeds,
         lengths=Lengths(arguments.prompt, arguments.new_tokens, arguments.spread),
         population=Population(arguments.tenants, arguments.adapters, arguments.power),
-        arrivals=arguments.arrivals,
-        load=arguments.streams if arguments.arrivals == "closed" else arguments.rate,
+        arrivals=arrivals,
+        load={"closed": arguments.streams, "replay": arguments.times}.get(arrivals, arguments.rate),
         cv=arguments.cv,
         jobs=[TrainingJob(f"job-{i}", tenant=f"t{i}") for i in range(arguments.jobs)],
         faults=_faults(arguments.fault, arguments.seconds),
+        recorded=recorded,
     )
     say("training alone, serving alone")
     alone, best = baseline(case, known["coserve"])
@@ -165,7 +173,8 @@ def main() -> None:
         found[name], first[name] = row(case, ledgers, alone, best), ledgers[0]
     if arguments.plot:
         plot(arguments.plot, first, found)
-    what = f"{case.load:g} streams" if case.arrivals == "closed" else f"{case.load:g} requests/s ({case.arrivals})"
+    kinds = {"closed": f"{case.load:g} streams", "replay": f"{arguments.trace} {case.load:g} times as fast"}
+    what = kinds.get(case.arrivals, f"{case.load:g} requests/s ({case.arrivals})")
     report = Report(
         f"Simulated: {card.name}, {what}, {arguments.jobs} job(s), promise {itl * 1e3:.0f} ms between tokens",
         ["policy", *next(iter(found.values()))],
@@ -236,6 +245,8 @@ def _parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--card", choices=list(cards()), default="cpu-270m")
     options.add_argument("--arrivals", choices=["closed", "poisson", "gamma", "bursts", "diurnal"], default="closed")
+    options.add_argument("--trace", type=Path, metavar="CSV", help="replay it (columns as BurstGPT's or Azure's)")
+    options.add_argument("--times", type=float, default=1.0, help="as fast as it was recorded")
     options.add_argument("--streams", type=int, default=4, help="clients of a closed loop")
     options.add_argument("--rate", type=float, default=0.5, help="requests a second of the other arrivals")
     options.add_argument("--cv", type=float, default=4.0, help="coefficient of variation of gamma's gaps")
@@ -287,7 +298,8 @@ def _cell(item: tuple[str, Any]) -> object:
 def _best(best: float | None, arrivals: str) -> str:
     if best is None:
         return "none keeps 99% of requests inside both promises"
-    return f"{best:.3g} {'tokens' if arrivals == 'closed' else 'requests'}/s"
+    unit = {"closed": "tokens/s", "replay": "times as fast"}.get(arrivals, "requests/s")
+    return f"{best:.3g} {unit}"
 
 
 if __name__ == "__main__":

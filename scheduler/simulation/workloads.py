@@ -134,19 +134,32 @@ class Trace:
     def __init__(self, times: Iterable[float], seed: int, lengths: Lengths | None = None,
                  senders: Senders | None = None, ttft: float = 1.0) -> None:  # fmt: skip
         rng = random.Random(seed)
-        lengths, choose = lengths or Lengths(), (senders or Population()).chooser(rng)
-        self._streams = []
-        for i, at in enumerate(sorted(times)):
-            (prompt, outputs), (tenant, weight, adapter, slo_class) = lengths.draw(rng), choose()
-            self._streams.append(
-                Stream(f"r{i}", at, prompt, outputs, slo_class, adapter, ttft, tenant=tenant, weight=weight)
-            )
+        lengths = lengths or Lengths()
+        self._streams = _requests(((at, *lengths.draw(rng)) for at in sorted(times)), rng, senders, ttft)
+
+    @classmethod
+    def replay(cls, requests: Iterable[tuple[float, int, int]], seed: int, senders: Senders | None = None,
+               ttft: float = 1.0) -> Trace:  # fmt: skip
+        """Recorded requests: (seconds, prompt tokens, output tokens)."""
+        trace = cls((), seed)
+        trace._streams = _requests(sorted(requests), random.Random(seed), senders, ttft)
+        return trace
 
     def begin(self) -> list[Stream]:
         return list(self._streams)
 
     def after(self, stream: Stream, now: float) -> Stream | None:
         return None
+
+
+def _requests(drawn: Iterable[tuple[float, int, int]], rng: random.Random, senders: Senders | None,
+              ttft: float) -> list[Stream]:  # fmt: skip
+    choose = (senders or Population()).chooser(rng)
+    streams = []
+    for i, (at, prompt, outputs) in enumerate(drawn):
+        tenant, weight, adapter, slo_class = choose()
+        streams.append(Stream(f"r{i}", at, prompt, outputs, slo_class, adapter, ttft, tenant=tenant, weight=weight))
+    return streams
 
 
 class ClosedLoop:

@@ -55,9 +55,26 @@ def test_a_fleet_for_many_tenants(tmp_path: Path) -> None:
     assert figures["by adapter"]["most_adapters"] < figures["to any engine"]["most_adapters"] == 200
 
 
+@pytest.mark.parametrize(
+    "header, first, second",
+    [
+        ("Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type", "5.0,x,40,9,49,y", "8.5,x,30,5,35,y"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens", "2023-11-16 18:15:46.6805900,40,9", "2023-11-16 18:15:50.18,30,5"),
+    ],
+)
+def test_a_recorded_trace_is_replayed(tmp_path: Path, header: str, first: str, second: str) -> None:
+    failed = first.replace("40,9", "40,0")
+    (tmp_path / "trace.csv").write_text("\n".join([header, second, first, failed]) + "\n")
+    output, figures = run(tmp_path, f"--trace={tmp_path / 'trace.csv'}", "--times=0.2", "--jobs=0")
+    assert "0.2 times as fast" in output
+    # At seconds 0 and 17.5, the second one after the warm-up: five tokens in the 15 seconds that count.
+    assert figures["policies"]["coserve"]["output tokens/s"] == pytest.approx(5 / 15)
+
+
 def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
     for arguments, message in (
         (["--policy=nobody"], "no such policy: nobody; there are coserve"),
+        (["--trace", str(SCRIPT)], "not a trace with timestamp"),
         (["--plot", str(tmp_path / "p.png")], "--plot needs matplotlib"),
     ):
         if "--plot" in arguments and importlib.util.find_spec("matplotlib"):

@@ -87,6 +87,13 @@ def test_the_same_seed_draws_the_same_and_another_one_does_not() -> None:
     assert drawn(1) == drawn(1) != drawn(2)
 
 
+def test_a_replay_keeps_times_and_lengths() -> None:
+    people = Population(3, 1)
+    first, second = Trace.replay([(4.0, 7, 8), (1.5, 30, 2)], 0, people, ttft=0.4).begin()
+    assert [(s.arrived, s.prompt, s.outputs, s.ttft) for s in (first, second)] == [(1.5, 30, 2, 0.4), (4.0, 7, 8, 0.4)]
+    assert (first.adapter or "").startswith(first.tenant) and first.name != second.name
+
+
 def test_clients_of_a_closed_loop_send_again_when_they_have_their_answer() -> None:
     loop = ClosedLoop(3, 0, Lengths(10, 5), pause=0.5, tenant="a", begins=2.0)
     begun = loop.begin()

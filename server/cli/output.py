@@ -20,7 +20,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str
     if not rows:
         click.echo(empty, err=True)
         return
-    cells = [["" if cell is None else plain(str(cell)) for cell in row] for row in rows]
+    cells = [["" if cell is None else _one_line(str(cell)) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in cells:
             click.echo("\t".join(row))
@@ -30,6 +30,11 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str
     for number, row in enumerate([list(columns), *cells]):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         click.secho(line, bold=True if number == 0 else None)
+
+
+def _one_line(text: str) -> str:
+    """A row is a line, and a tab ends a cell, whatever stands in it."""
+    return plain(text).replace("\n", " ").replace("\t", " ")
 
 
 def show_fields(fields: Sequence[tuple[str, Any]]) -> None:

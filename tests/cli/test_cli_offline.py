@@ -20,7 +20,7 @@ from coserve.server.cli import main
 from coserve.server.cli.adapters import pack, unpack
 from coserve.server.cli.finetune import job_request
 from coserve.server.cli.follow import Progress, progress_of
-from coserve.server.cli.output import duration, plain, size
+from coserve.server.cli.output import duration, plain, show_table, size
 from coserve.server.cli.remote import Remote, RemoteError
 
 COMMANDS = ("serve", "demo", "chat", "finetune", "jobs", "models", "adapters", "keys")
@@ -232,6 +232,11 @@ def test_numbers_for_people():
     assert [duration(s) for s in (0.4, 59.4, 125, 7500)] == ["0s", "59s", "2m05s", "2h05m"]
     assert [size(n) for n in (12, 2048, 3 * 1024**2, 5 * 1024**3)] == ["12 B", "2.0 KiB", "3.0 MiB", "5.0 GiB"]
     assert plain("a\x1b[31mb\u202e") == "a\N{REPLACEMENT CHARACTER}[31mb\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_row_is_one_line_whatever_stands_in_it(capsys):
+    show_table(("id", "message"), [("a", "Line 1: bad.\nLine 2:\tworse."), ("b", None)], "nothing")
+    assert capsys.readouterr().out == "a\tLine 1: bad. Line 2: worse.\nb\t\n"
 
 
 def test_pack_takes_the_two_files_and_nothing_else(tmp_path):

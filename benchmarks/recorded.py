@@ -1,10 +1,12 @@
-"""Reads published request traces: one CSV row a request, columns as BurstGPT's or Azure's."""
+"""Reads what was recorded elsewhere: request traces with BurstGPT's or Azure's columns, and an engine's iterations."""
 
 from __future__ import annotations
 
 import csv
 import datetime
+import json
 from pathlib import Path
+from typing import Any
 
 
 def read_trace(file: Path) -> list[tuple[float, int, int]]:
@@ -29,3 +31,13 @@ def _seconds(text: str) -> float:
         return float(text)
     except ValueError:
         return datetime.datetime.fromisoformat(text.strip()[:26]).timestamp()
+
+
+def read_iterations(file: Path) -> list[dict[str, Any]]:
+    """The records of a saved answer of GET /v1/coserve/iterations."""
+    try:
+        content = json.loads(file.read_text())
+        records = content["data"] if isinstance(content, dict) else content
+        return [{"tokens": dict(r["tokens"]), "measured_s": float(r["measured_s"])} for r in records]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise SystemExit(f"{file}: not an answer of GET /v1/coserve/iterations: {error}") from None

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from harness import Report, commit, say
-from recorded import read_trace
+from recorded import read_iterations, read_trace
 
 from coserve.scheduler import SchedulerConfig
 from coserve.scheduler.features import ForwardLoad
 from coserve.scheduler.simulation import Card, Setup, cards, policies, simulate
 from coserve.scheduler.simulation import report as judge
 from coserve.scheduler.simulation.faults import Fault, MemoryPressure, Restart, Slowdown
+from coserve.scheduler.simulation.fit import fit
 from coserve.scheduler.simulation.fleet import Demand, engines_needed
 from coserve.scheduler.simulation.ledger import Ledger
 from coserve.scheduler.simulation.report import ATTAINMENT, best_alone, largest_rate, percentile, service
@@ -139,6 +140,11 @@ def main() -> None:
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         options.error("--plot needs matplotlib, which coserve does not install: pip install matplotlib")
     card = cards()[arguments.card]
+    if arguments.fit:
+        fitted = fit(card, read_iterations(arguments.fit))
+        say("factors of passes, head, backward: " + ", ".join(f"{f:.2f}" for f in fitted.factors)
+            + f"; left unexplained: {100 * fitted.error:.1f}%")  # fmt: skip
+        card = fitted.card
     itl = arguments.itl_ms / 1e3 if arguments.itl_ms else arguments.promise * decode_step(card)
     config = SchedulerConfig(itl_seconds=itl)
     known = policies(config)
@@ -244,6 +250,9 @@ def plot(file: Path, ledgers: dict[str, Ledger], found: dict[str, dict[str, Any]
 def _parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--card", choices=list(cards()), default="cpu-270m")
+    options.add_argument(
+        "--fit", type=Path, metavar="FILE", help="scale the card to a saved GET /v1/coserve/iterations"
+    )
     options.add_argument("--arrivals", choices=["closed", "poisson", "gamma", "bursts", "diurnal"], default="closed")
     options.add_argument("--trace", type=Path, metavar="CSV", help="replay it (columns as BurstGPT's or Azure's)")
     options.add_argument("--times", type=float, default=1.0, help="as fast as it was recorded")

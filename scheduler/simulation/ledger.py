@@ -39,6 +39,17 @@ class Iteration:
     rides: int  # rows
     units: int
     training: float  # of its seconds, by the card's own costs; a ride counts what it adds
+    train_forward: float = 0.0  # rows, a unit of some layers counting its share of the depth
+    head: float = 0.0  # label rows, likewise by sub-steps
+    train_backward: float = 0.0  # rows, likewise by layers
+
+    def record(self) -> dict[str, object]:
+        """As the engine's own ledger has it, for `fit`."""
+        tokens = {
+            "decode": self.decodes, "prefill": self.prefill, "train_forward": self.train_forward, "head": self.head,
+            "train_backward": self.train_backward,
+        }  # fmt: skip
+        return {"tokens": tokens, "measured_s": self.seconds, "predicted_s": self.predicted}
 
 
 @dataclass

@@ -17,7 +17,7 @@ from coserve.scheduler.simulation.ledger import Iteration, Ledger, Setup
 from coserve.scheduler.simulation.policies import Policy
 from coserve.scheduler.simulation.streams import Stream, Sweep
 from coserve.scheduler.simulation.workloads import TrainingJob, Workload
-from coserve.scheduler.state import Plan, SchedulerState, SweepJob
+from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Plan, SchedulerState, SweepJob
 
 _IDLE = 0.05  # longest sleep of an engine with nothing to do
 
@@ -173,7 +173,7 @@ class _Run:
         ledger.iterations.append(
             Iteration(began, seconds, plan.predicted_seconds, plan.upper_seconds, plan.budget_seconds,
                       len(plan.decodes), sum(p.tokens for p in plan.prefills), sum(r.tokens for r in plan.rides),
-                      len(plan.units), training)
+                      len(plan.units), training, *_trained(plan, device.card.layers, device.card.head_steps))
         )  # fmt: skip
         rows: dict[str, float] = {}
         for stream, count in named:
@@ -215,3 +215,11 @@ class _Run:
         for job in (j for j in self.jobs if j.sweep is not None):
             job.sweep, job.ready_at = None, self.device.now
             job.lost += 1
+
+
+def _trained(plan: Plan, layers: int, head_steps: int) -> tuple[float, float, float]:
+    """(forward, head, backward) rows of a plan, parts of a depth or of a batch counting as such."""
+    forward = float(sum(r.tokens for r in plan.rides))
+    forward += sum(u.tokens * u.layers / layers for u in plan.units if isinstance(u, ForwardUnit))
+    head = sum(u.rows * u.steps / head_steps for u in plan.units if isinstance(u, HeadUnit))
+    return forward, head, sum(u.tokens / layers for u in plan.units if isinstance(u, BackwardUnit))

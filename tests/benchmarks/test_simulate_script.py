@@ -71,10 +71,20 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path, header: str, first: str, s
     assert figures["policies"]["coserve"]["output tokens/s"] == pytest.approx(5 / 15)
 
 
+def test_a_card_is_fitted_to_recorded_iterations(tmp_path: Path) -> None:
+    kinds = {"decode": 4, "prefill": 0, "train_forward": 0, "head": 0, "train_backward": 0}
+    record = {"seq": 1, "tokens": kinds, "measured_s": 2 * 0.0545}
+    (tmp_path / "iterations.json").write_text(json.dumps({"object": "list", "data": [record] * 40}))
+    output, figures = run(tmp_path, f"--fit={tmp_path / 'iterations.json'}", "--jobs=0")
+    assert "two cores, 270M, float32, fitted" in output
+    assert figures["promise_s"] == pytest.approx(0.218, rel=0.02), "decode steps twice as long"
+
+
 def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
     for arguments, message in (
         (["--policy=nobody"], "no such policy: nobody; there are coserve"),
         (["--trace", str(SCRIPT)], "not a trace with timestamp"),
+        (["--fit", str(SCRIPT)], "not an answer of GET /v1/coserve/iterations"),
         (["--plot", str(tmp_path / "p.png")], "--plot needs matplotlib"),
     ):
         if "--plot" in arguments and importlib.util.find_spec("matplotlib"):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from kernel_device import INTERPRETED, fresh_seed, kernel_device, poisoned_memory, reversed_programs
 
+from coserve.kernels.attention.spans import KeySpan, span_batch
 from coserve.kernels.attention.training import MaskCache, Score, attention_backward, attention_forward
-from coserve.kernels.attention.varlen import KeySpan, VarlenAttention, span_batch, varlen_forward
+from coserve.kernels.attention.varlen import VarlenAttention, varlen_forward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:overflow encountered in exp")]
 

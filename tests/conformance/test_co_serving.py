@@ -12,6 +12,7 @@ from http_actions import (
     assert_same_logits,
     create_job,
     download_adapter,
+    every_iteration,
     greedy,
     iterations,
     job_step,
@@ -20,6 +21,7 @@ from http_actions import (
     succeeded,
     upload_adapter,
     upload_rows,
+    wait_idle,
 )
 from live_server import LiveServer
 from peft import LoraConfig
@@ -174,8 +176,8 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch_of_twelve(server, cli
 
 def test_the_token_ledger_closes(server, client):
     """What iterations ran is what requests and jobs were told, also with several choices and stop strings."""
-    server.until(lambda: metrics(server)["coserve_requests_running"] == 0)
-    before, sampled_before = newest_iteration(server), sampled(server)
+    before = wait_idle(server)
+    sampled_before = sampled(server)
     rows = training_rows(24)
     job_id = create_job(client, upload_rows(client, rows), r=4, alpha=8).id
     usages, sequences = [], 0
@@ -208,7 +210,7 @@ def test_the_token_ledger_closes(server, client):
     job = succeeded(server, client, job_id)
 
     def sums() -> dict[str, float]:
-        found = [it["tokens"] for it in iterations(server, before)]
+        found = [it["tokens"] for it in every_iteration(server, before)]
         return {kind: sum(tokens[kind] for tokens in found) for kind in found[0]}
 
     # a sequence that a stop string has ended runs on until the engine hears of it

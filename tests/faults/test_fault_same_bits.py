@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from http_actions import create_job, digest_of, iterations, job_step, newest_iteration, succeeded, upload_rows
+from http_actions import create_job, digest_of, every_iteration, job_step, newest_iteration, succeeded, upload_rows
 from live_server import LiveServer
 from peft_oracle import training_rows
 
@@ -57,7 +57,7 @@ def test_a_kill_9_of_the_engine_in_mid_step(server, client, start, calm):
     server.wait_restarted("engine", engine)
     job = succeeded(server, client, job_id)
     assert digest_of(server, job.fine_tuned_model) == digest
-    again = sum(it["tokens"]["train_forward"] for it in iterations(server))
+    again = sum(it["tokens"]["train_forward"] for it in every_iteration(server))
     assert again == sum(tokens[kept:]) < sum(tokens), "it did not go on from its checkpoint"
 
 
@@ -84,7 +84,7 @@ def stopped_in_mid_step(server: LiveServer, job_id: str, tokens: list[int], befo
     pid = server.pid("engine")
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        forward = sum(it["tokens"]["train_forward"] for it in iterations(server, before))
+        forward = sum(it["tokens"]["train_forward"] for it in every_iteration(server, before))
         os.kill(pid, signal.SIGSTOP)
         if forward > sum(tokens[: len(steps_on_disk(server, job_id))]):
             return pid

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from http_actions import greedy, iterations, metrics, newest_iteration, upload_adapter
+from http_actions import every_iteration, greedy, metrics, upload_adapter, wait_idle
 from live_server import LiveServer
 from peft_oracle import assert_greedy_equal, oracle_model, prompt, save_adapter
 from tiny_models import save_tiny_model
@@ -42,7 +42,7 @@ def test_a_cache_too_small_for_twelve_and_a_pool_for_two_of_twenty_adapters(serv
         upload_adapter(server, name, path)
     long = [("tiny", prompt(100, i), 200) for i in range(12)]
     short = [(name, prompt(10, 50 + i), 12) for i, name in enumerate(folders)]
-    before = newest_iteration(server)
+    before = wait_idle(server)
     most_resident = 0
     with server.openai(max_retries=0, timeout=120) as client, ThreadPoolExecutor(32) as pool:
         asked = [pool.submit(greedy, client, *one) for one in (*long, *short)]
@@ -60,7 +60,7 @@ def test_a_cache_too_small_for_twelve_and_a_pool_for_two_of_twenty_adapters(serv
     # Twelve contexts of 300 tokens in 90 blocks of 16: some gave theirs back and ran again, which the books show.
     counted = metrics(server)
     assert counted["coserve_kv_blocks_total"] == 90 and counted["coserve_preemptions_total"] >= 1
-    ran = sum(it["tokens"]["prefill"] + it["tokens"]["decode"] for it in iterations(server, before))
+    ran = sum(it["tokens"]["prefill"] + it["tokens"]["decode"] for it in every_iteration(server, before))
     used = sum(
         answer.usage.prompt_tokens_details.model_extra["computed_tokens"] + answer.usage.completion_tokens - 1
         for answer in answers
@@ -69,7 +69,7 @@ def test_a_cache_too_small_for_twelve_and_a_pool_for_two_of_twenty_adapters(serv
 
 
 def test_a_hundred_clients_that_leave_give_every_block_back_within_a_second(server):
-    before = newest_iteration(server)
+    before = wait_idle(server)
     for wave in range(5):
         clients = [Client(server, prompt(400, 200 + 20 * wave))]
         clients[0].wait()
@@ -81,7 +81,7 @@ def test_a_hundred_clients_that_leave_give_every_block_back_within_a_second(serv
         while not all_free(metrics(server)):
             assert time.monotonic() - left <= 1
             time.sleep(0.02)
-    ran = [it["tokens"] for it in iterations(server, before)]
+    ran = [it["tokens"] for it in every_iteration(server, before)]
     assert sum(tokens["decode"] for tokens in ran) >= 1
     assert 5 * 400 < sum(tokens["prefill"] for tokens in ran) < 100 * 400 / 2, "most of them were still queued"
     assert sum(tokens["prefill"] for tokens in ran) % 400, "none was in prefill"

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +95,35 @@ def digest_of(server: LiveServer, name: str) -> str:
 
 
 def iterations(server: LiveServer, after: int = 0) -> list[dict[str, Any]]:
-    """The iterations with a number above `after`, oldest first; all of them must still be there."""
+    """Of the 2,000 iterations that the engine remembers, those with a number above `after`, oldest first."""
     with server.http() as http:
         found = http.get("/v1/coserve/iterations", params={"limit": 2000}).json()["data"]
-    assert not found or found[0]["seq"] <= after + 1, "the first of them are gone: ask sooner"
     return [it for it in found if it["seq"] > after]
+
+
+def every_iteration(server: LiveServer, after: int = 0) -> list[dict[str, Any]]:
+    """The same where none may be missing, because they are summed."""
+    found = iterations(server, after)
+    assert not found or found[0]["seq"] == after + 1, "the first of them are forgotten: ask sooner"
+    return found
 
 
 def newest_iteration(server: LiveServer) -> int:
     with server.http() as http:
         found = http.get("/v1/coserve/iterations", params={"limit": 1}).json()["data"]
     return found[-1]["seq"] if found else 0
+
+
+def wait_idle(server: LiveServer) -> int:
+    """Until the engine runs nothing any more; the number of its newest iteration."""
+
+    def still() -> bool:
+        before = newest_iteration(server)
+        time.sleep(0.1)
+        return newest_iteration(server) == before
+
+    server.until(still)
+    return newest_iteration(server)
 
 
 def metrics(server: LiveServer) -> dict[str, float]:

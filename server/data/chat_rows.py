@@ -128,14 +128,14 @@ def _messages(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
         if role not in _ROLES:
             raise RowFault(f"{field}.role", f"{role!r:.60} is no role", f"Use one of {', '.join(_ROLES)}.")
         for name in ("tool_calls", "function_call"):
-            if message.get(name) is not None:
+            if message.get(name):
                 raise RowFault(f"{field}.{name}", "calls are not supported yet", "Write them as plain text.")
         weight = message.get("weight", 1)
         if weight not in (0, 1) or isinstance(weight, bool):
             raise RowFault(f"{field}.weight", "not 0 or 1", "Use 1 to learn from the message, 0 not to.")
         if "weight" in message and role != "assistant":
             raise RowFault(f"{field}.weight", f"a weight on a {role} message", "Only assistant messages have one.")
-        copy = {key: value for key, value in message.items() if key != "weight"}
+        copy = {key: value for key, value in message.items() if key not in ("weight", "tool_calls", "function_call")}
         copy["role"] = template_role(role)
         copy["content"] = _content(message.get("content"), f"{field}.content")
         messages.append(copy)

@@ -82,7 +82,7 @@ def detect(row: Mapping[str, Any]) -> str:
         raise RowFault(None, f"the row has none of the known fields, but {_names(row)}", _KNOWN)
     if len(found) > 1:
         raise RowFault(None, f"the row is ambiguous: it has the fields {_names(row)}", _KNOWN + " Not several of them.")
-    if "functions" in row or "tools" in row:
+    if row.get("functions") or row.get("tools"):
         raise RowFault("tools", "tools are not supported yet", "Remove the field, or write the calls as plain text.")
     return found[0]
 

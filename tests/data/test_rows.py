@@ -164,6 +164,14 @@ def test_bad_chats_name_the_field(encoder, messages, field):
     assert fault(encoder(), {"messages": messages}).field == field
 
 
+def test_empty_tools_are_none(encoder):
+    """As exporters write them, and as the chat route takes them."""
+    chat = [CHAT[0], {**CHAT[1], "tool_calls": [], "function_call": None}]
+    row = {"messages": chat, "tools": [], "functions": None}
+    assert encoder("chatml").encode(row) == encoder("chatml").encode({"messages": CHAT[:2]})
+    assert fault(encoder("chatml"), {**row, "tools": [{"type": "function"}]}).field == "tools"
+
+
 def test_what_the_template_refuses_is_a_fault_of_the_row(encoder):
     refused = fault(encoder("alternating"), {"messages": [CHAT[0], CHAT[0], CHAT[1]]})
     assert "alternate" in refused.reason and refused.field == "messages"

@@ -249,7 +249,7 @@ def test_bad_tokens_name_the_field(encoder, row, field):
         ({"text": ""}, "text"), ({"text": None}, "text"), ({"text": ["a"]}, "text"), ({"text": "a\0b"}, "text"),
         ({"text": "\ud83d"}, "text"), ({"prompt": "a"}, "completion"), ({"completion": "a"}, "prompt"),
         ({"prompt": "a", "completion": ""}, "completion"), ({"prompt": [{}], "completion": [{}]}, "prompt"),
-        ({"messages": CHAT, "tools": []}, "tools"),
+        ({"messages": CHAT, "tools": [{}]}, "tools"),
     ],
 )  # fmt: skip
 def test_rows_of_no_format_or_of_two(encoder, row, field):

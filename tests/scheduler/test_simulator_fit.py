@@ -40,6 +40,8 @@ def test_the_factors_of_another_machine_are_found() -> None:
     found = fit(CARD, records(other, TrainingJob("job")))
     assert found.factors == pytest.approx((0.5, 2.0, 1.5), rel=0.15)
     assert found.error < 0.05
+    assert found.card.head(64) == pytest.approx(other.head(64), rel=0.15)
+    assert found.card.logits(4) == pytest.approx(other.logits(4), rel=0.15)
     assert found.card.backward(256) == pytest.approx(other.backward(256), rel=0.15)
     assert found.card.forward(4) == pytest.approx(other.forward(4), rel=0.15)
 

@@ -39,8 +39,8 @@ class UsageLedger:
         def insert(connection: sqlite3.Connection) -> bool:
             changed = connection.execute(
                 "INSERT INTO usage_ledger (request_id, tenant, model, prompt_tokens, cached_tokens, computed_tokens,"
-                " completion_tokens, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO UPDATE SET "
-                "cached_tokens = excluded.cached_tokens, computed_tokens = excluded.computed_tokens, "
+                " completion_tokens, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO UPDATE SET"
+                " cached_tokens = excluded.cached_tokens, computed_tokens = excluded.computed_tokens, "
                 "completion_tokens = excluded.completion_tokens "
                 "WHERE excluded.completion_tokens > completion_tokens AND excluded.tenant = tenant",
                 (usage.request_id, tenant, usage.model, usage.prompt_tokens, usage.cached_tokens,

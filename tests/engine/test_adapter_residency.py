@@ -156,3 +156,7 @@ def test_requests_of_pinned_adapters_run_together(tmp_path):
     engine.until(lambda: all(engine.requests.get(f"r{i}").output for i in range(2)))
     assert all(len(engine.tokens(f"r{i}")) < 30 for i in range(2))
     engine.until(lambda: not len(engine.requests))
+    assert len(engine.pool.resident()) == 4
+    assert engine.adapters.capacity() == 2, "the pins that nobody uses"
+    assert engine.adapters.capacity([refs[0].digest]) == 3
+    assert engine.adapters.capacity([ref.digest for ref in refs]) == 4

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 from coserve.scheduler.policy import Scheduler
 from coserve.scheduler.state import Plan, SchedulerState
 from coserve.server.engine.adapters import AdapterBook
+from coserve.server.engine.containment import attempt
 from coserve.server.engine.intake import Intake
 from coserve.server.engine.iterations import IterationLog
 from coserve.server.engine.requests import Request, RequestBook
@@ -113,8 +115,10 @@ class Engine:
                 self._iterations.sample_ttft(slo_class, now - request.message.arrived)
             else:
                 self._iterations.sample_itl(slo_class, now - before)
-            self._socket.send(message)
-            if message.finish_reason is not None:
+            fault = attempt(f"the answer to {request.id}", partial(self._socket.send, message))
+            if fault is not None:
+                outcome.failed[request.id] = fault  # it is no message: too large, for instance
+            elif message.finish_reason is not None:
                 self._intake.finish(request)
         for request_id, fault in outcome.failed.items():
             self._fail(request_id, fault.code, fault.message)

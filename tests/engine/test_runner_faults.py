@@ -71,3 +71,15 @@ def test_an_adapter_that_overflows_fails_its_request_alone(model_folder, tmp_pat
         assert engine.finish("beside") == [want]
         assert engine.generate(prompt(60, 0), max_tokens=40, salt="third") == want
         assert engine.alive and engine.pid == pid
+
+
+def test_an_answer_that_fits_no_message_fails_its_request_alone(tmp_path):
+    """3,800 prompt tokens with 512 alternatives each: 24 MB."""
+    folder = save_tiny_model(tmp_path / "model", "llama", max_position_embeddings=4096)
+    with EngineProcess(folder, tmp_path) as engine:
+        pid = engine.pid
+        engine.submit("large", prompt(3800, 1), max_tokens=4, prompt_logprobs=512, logprobs=0)
+        assert failures(engine, 1)["large"].code == "internal_error"
+        assert "WireError" in engine.log()
+        assert len(engine.generate(prompt(20, 1), max_tokens=4)) == 4
+        assert engine.alive and engine.pid == pid

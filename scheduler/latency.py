@@ -19,10 +19,12 @@ that it has not seen for a while.
 - *Prior*: the relative costs of rows and units measured on a CPU, with a standard deviation of their own size and
   one of twice that for the scale of each kind of part. The first observation sets the scale of all of them, the first
   one of a part on its own the scale of that kind.
-- *Upper estimate*: factor · θ·x + √(xᵀPx), summed over parts; factor = (the configured quantile of the last 64
-  measured/predicted ratios) · boost. After an iteration longer than its upper estimate, boost grows by the same
-  ratio (at most 1.5x at once); it decays by a tenth an iteration. Sums of upper estimates are upper estimates, so a
-  planner may add units one at a time.
+- *Upper estimate*: factor · θ·x + √(xᵀPx), summed over parts; factor = (the configured quantile of a normal
+  distribution with the median and upper quartile of the last 32 measured/predicted ratios) · boost. Fitting the
+  middle keeps a few iterations in ten that something else slowed (an optimizer step on its side thread) from
+  widening the margin of all others. After an iteration longer than its upper estimate, boost grows by the same ratio
+  (at most 1.5x at once); it halves every iteration. Sums of upper estimates are upper estimates, so a planner may
+  add units one at a time.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from math import sqrt
+from statistics import NormalDist
 
 import numpy as np
 
@@ -40,6 +43,8 @@ _SMALLEST_SPREAD = 0.02
 _SMALLEST_FACTOR = 1.02
 _FLOOR = 1e-6  # of the prior variance: less than that is rounding
 _LARGEST_FACTOR = 2.0
+_KEPT_RATIOS = 32
+_QUARTILE = NormalDist().inv_cdf(0.75)  # of a standard normal distribution
 _LARGEST_BOOST = 3.0
 _BLOCKS = {
     "forward": slice(at.FORWARD, at.OVERHEAD),
@@ -52,7 +57,7 @@ _BLOCKS = {
 
 class LatencyModel:
     def __init__(self, quantile: float, forgetting: float) -> None:
-        self._quantile = quantile
+        self._deviations = NormalDist().inv_cdf(quantile)
         self._forgetting = 1.0 / forgetting - 1.0
         self._theta = _prior()
         self._covariance = _prior_covariance(self._theta)
@@ -60,7 +65,7 @@ class LatencyModel:
         self._scaled: set[str] = set()
         self._spread: dict[str, float] = {}
         self._last_relative: dict[str, float] = {}
-        self._ratios: deque[float] = deque([1.0, 1.2], maxlen=64)
+        self._ratios: deque[float] = deque([1.0, 1.2], maxlen=_KEPT_RATIOS)
         self._factor = 1.2
         self._boost = 1.0
         self._run_of_outliers: dict[str, int] = {}
@@ -157,13 +162,13 @@ class LatencyModel:
     def _feed_back(self, mean: float, upper: float, seconds: float) -> None:
         ratio = seconds / mean if mean > 0.0 else _LARGEST_FACTOR
         self._ratios.append(ratio)
-        self._factor = min(
-            _LARGEST_FACTOR, max(_SMALLEST_FACTOR, float(np.quantile(np.array(self._ratios), self._quantile)))
-        )
+        middle, quarter = np.quantile(np.array(self._ratios), (0.5, 0.75))
+        fitted = float(middle + self._deviations * (quarter - middle) / _QUARTILE)
+        self._factor = min(_LARGEST_FACTOR, max(_SMALLEST_FACTOR, fitted))
         if seconds > upper:
             self._boost = min(_LARGEST_BOOST, self._boost * min(1.5, seconds / upper if upper > 0.0 else 1.5))
         else:
-            self._boost = 1.0 + 0.9 * (self._boost - 1.0)
+            self._boost = 1.0 + 0.5 * (self._boost - 1.0)
 
     def _update(self, kind: str, x: Vector, y: float) -> None:
         if kind in _BLOCKS and kind not in self._scaled and y > 0.0:

@@ -249,7 +249,7 @@ class TrainingPolicy:
         rows = sweep.next_head(self._config.head_rows)
         if rows:
             return self._add_head(sweep, rows, plan, left, which, costs)
-        for tokens in self._sizes(sweep.next_backward()):
+        for tokens in self._fine_sizes(sweep.next_backward()):
             cost = costs.backward(tokens, sweep.rows_before_backward - tokens, sweep.state.window)
             if cost[which] <= left:
                 plan.add_unit(sweep.backward(tokens), cost)
@@ -270,7 +270,7 @@ class TrainingPolicy:
         return costs.head(rows, steps, sweep.state.head_steps, self._config.head_rows)
 
     def _add_forward(self, sweep: SweepProgress, plan: TrainingPlan, left: float, which: int, costs: Costs) -> bool:
-        """A ride or some layers of a window: whatever fits and moves the most rows × layers a second."""
+        """A ride or some layers of a window: whatever fits and moves the most rows × layers."""
         layers = sweep.state.layers
         whole = sweep.next_forward()
         ride: tuple[float, int, ForwardLoad, Cost] | None = None
@@ -285,22 +285,29 @@ class TrainingPolicy:
             if ride is not None and ride[1] == whole:
                 plan.add_ride(sweep.ride(whole), ride[2], ride[3])
                 return True
+        # The window that leaves the least of the budget unused, not the quickest one: what is left is lost.
         best: tuple[float, ForwardUnit, Cost] | None = None
         todo = layers - (sweep.partial_layer if sweep.partial_tokens else 0)
-        for tokens in (whole,) if sweep.partial_tokens else self._sizes(whole):
+        for tokens in (whole,) if sweep.partial_tokens else self._fine_sizes(whole):
             depth = _most(todo, left, lambda n, rows=tokens: costs.slice(rows, n, layers)[which])  # type: ignore[misc]
-            if depth:
-                cost = costs.slice(tokens, depth, layers)
-                speed = tokens * depth / max(cost[which], 1e-9)
-                if best is None or speed > best[0]:
-                    best = (speed, ForwardUnit(sweep.state.sweep_id, tokens, depth), cost)
-        if ride is not None and (best is None or ride[0] >= best[0]):
+            if depth and (best is None or tokens * depth > best[0]):
+                best = (
+                    tokens * depth,
+                    ForwardUnit(sweep.state.sweep_id, tokens, depth),
+                    costs.slice(tokens, depth, layers),
+                )
+        if ride is not None and (best is None or ride[1] * layers >= best[0]):
             plan.add_ride(sweep.ride(ride[1]), ride[2], ride[3])
             return True
         if best is None:
             return False
         plan.add_unit(sweep.forward(best[1].tokens, best[1].layers), best[2])
         return True
+
+    def _fine_sizes(self, whole: int) -> list[int]:
+        """`whole`, then the multiples of 32 below it, then the powers of two down to `min_window`."""
+        sizes = [whole, *range((whole - 1) // 32 * 32, 31, -32)]
+        return sizes + [n for n in (16, 8) if self._config.min_window <= n < whole]
 
     def _sizes(self, whole: int) -> list[int]:
         """`whole`, then the powers of two below it down to `min_window`."""

@@ -69,7 +69,7 @@ def decode(rows: int) -> PlanFeatures:
     return PlanFeatures(forward_vector(ForwardLoad(rows, rows * 200, logit_rows=rows)), (), overhead_vector())
 
 
-def taught(quantile: float = 0.95, rounds: int = 60, seconds: float = 0.2) -> LatencyModel:
+def taught(quantile: float = 0.99, rounds: int = 60, seconds: float = 0.2) -> LatencyModel:
     model = LatencyModel(quantile, 0.98)
     for _ in range(rounds):
         model.observe(decode(4), seconds)
@@ -81,7 +81,7 @@ def taught(quantile: float = 0.95, rounds: int = 60, seconds: float = 0.2) -> La
 def test_it_learns_costs_that_are_not_linear_in_rows(with_parts: bool, speed: float) -> None:
     device = Device(seed=7, noise=0.03, stalls=0.002)
     device.speed = speed
-    model = LatencyModel(0.95, 0.98)
+    model = LatencyModel(0.99, 0.98)
     errors, over = [], []
     for i in range(900):
         features, seconds, parts = device.draw()
@@ -97,7 +97,7 @@ def test_it_learns_costs_that_are_not_linear_in_rows(with_parts: bool, speed: fl
 
 def test_it_follows_a_machine_that_becomes_slower_within_ten_iterations() -> None:
     device = Device(seed=1, noise=0.02)
-    model = LatencyModel(0.95, 0.98)
+    model = LatencyModel(0.99, 0.98)
     for _ in range(300):
         features, seconds, parts = device.draw()
         model.observe(features, seconds, parts)
@@ -132,7 +132,7 @@ def test_one_stall_hardly_moves_the_mean_and_three_do() -> None:
 
 def test_a_shape_that_is_not_seen_for_long_keeps_its_estimate_and_its_certainty() -> None:
     device = Device(seed=3, noise=0.02)
-    model = LatencyModel(0.95, 0.98)
+    model = LatencyModel(0.99, 0.98)
     for _ in range(300):
         features, seconds, parts = device.draw()
         model.observe(features, seconds, parts)
@@ -170,7 +170,7 @@ def test_a_thousand_strong_updates_leave_the_covariance_positive_definite() -> N
 
 def test_a_lasting_bias_is_corrected_not_taken_for_noise() -> None:
     """A unit fifteen times cheaper than the prior says, timed exactly every time."""
-    model = LatencyModel(0.95, 0.98)
+    model = LatencyModel(0.99, 0.98)
     for tokens in (512, 512, 256, 512, 512, 512):
         features = PlanFeatures(None, (backward_vector(tokens, 0),) * 20, overhead_vector())
         model.observe(features, 20 * 0.002 + 0.001, dict.fromkeys(range(20), 0.002))
@@ -178,7 +178,7 @@ def test_a_lasting_bias_is_corrected_not_taken_for_noise() -> None:
 
 
 def test_head_units_of_some_sub_steps_tell_the_cost_of_others() -> None:
-    model = LatencyModel(0.95, 0.98)
+    model = LatencyModel(0.99, 0.98)
 
     def cost(steps: int) -> float:
         return 0.002 + steps / 32 * 0.18
@@ -219,7 +219,7 @@ def test_a_head_unit_is_costed_by_what_is_left_of_its_batch() -> None:
 
 @pytest.mark.parametrize("seconds", [-0.1, float("nan"), float("inf")])
 def test_impossible_durations_are_refused(seconds: float) -> None:
-    model = LatencyModel(0.95, 0.98)
+    model = LatencyModel(0.99, 0.98)
     with pytest.raises(ValueError, match="finite"):
         model.observe(decode(1), seconds)
     with pytest.raises(ValueError, match="finite"):

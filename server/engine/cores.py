@@ -13,22 +13,26 @@ while the cores are crowded, brings that about. Results do not depend on it: no 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 log = logging.getLogger("coserve.engine")
 
 _WINDOW_SECONDS = 0.1  # no look at the kernel's counters more often than this
-_CROWDED = 0.15  # waiting for a core ÷ (waiting + running), over all threads of the process
+_CROWDED = 0.15  # waiting for a core ÷ (waiting + running), over all threads of the process …
+_CROWDED_LOOKS = 3  # … at so many looks in a row: an optimizer step on its side thread is over before
 _FREE = 0.05
-_CALM_SECONDS = 2.0  # free for so long before the threads spin again …
+_CALM_SECONDS = 1.0  # free for so long before the threads spin again …
 _MOST_CALM_SECONDS = 60.0  # … and up to so long where that soon went wrong
 _PARALLEL_ELEMENTS = 32768  # torch runs an elementwise operation of more elements than this a thread in parallel
 
@@ -50,6 +54,7 @@ class CoreSharing:
         self._clock, self._thread_time = clock, thread_time or read_thread_time
         self._team: _IdleTeam | None = None
         self._last_at, self._last = clock(), self._thread_time()
+        self._crowded_looks = 0
         self._calm_since: float | None = None
         self._calm_needed = _CALM_SECONDS
         self._spinning_since = -math.inf  # the last return to spinning
@@ -74,7 +79,8 @@ class CoreSharing:
         self._last_at, self._last = now, read
         share = waiting / (running + waiting) if running + waiting > 0 else 0.0
         if self._team is None:
-            if share > _CROWDED:
+            self._crowded_looks = self._crowded_looks + 1 if share > _CROWDED else 0
+            if self._crowded_looks == _CROWDED_LOOKS:
                 soon = now - self._spinning_since < 2 * self._calm_needed
                 self._calm_needed = min(2 * self._calm_needed, _MOST_CALM_SECONDS) if soon else _CALM_SECONDS
                 self._sleep()
@@ -93,7 +99,7 @@ class CoreSharing:
             self._team = None
 
     def _sleep(self) -> None:
-        self._team, self._calm_since = _IdleTeam(), None
+        self._team, self._calm_since, self._crowded_looks = _IdleTeam(), None, 0
         log.info("the cores are shared: OpenMP threads sleep at barriers")
 
     def _spin(self, now: float) -> None:
@@ -129,7 +135,7 @@ def work_alone() -> None:
     For the threads beside the loop: their work is small, and a team of theirs would count among the OpenMP
     threads that decide how long the loop's own threads spin.
     """
-    if not torch.cuda.is_available():
+    if sys.platform == "linux" and not torch.cuda.is_available():
         _set_team_size(1)
 
 
@@ -155,7 +161,10 @@ class _IdleTeam:
 
 
 def _set_team_size(threads: int) -> None:
-    from threadpoolctl import threadpool_limits  # the one way to set this for the calling thread alone
-
+    """Of the calling thread alone; `torch.set_num_threads` is for all. Asks the libraries that torch is linked with:
+    MKL, where there is one, has a number of its own that goes before OpenMP's."""
     torch.get_num_threads()  # torch sets the thread's size at first use: let it do so before
-    threadpool_limits(threads, user_api="openmp")
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    library.omp_set_num_threads(threads)
+    if hasattr(library, "MKL_Set_Num_Threads_Local"):
+        library.MKL_Set_Num_Threads_Local(threads)

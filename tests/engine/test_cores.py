@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -51,26 +52,28 @@ def idle_teams() -> int:
 
 def test_threads_sleep_while_the_cores_are_crowded_and_spin_again_after_a_calm(machine, cores):
     machine.pass_time(5, 0.02, cores)
+    machine.pass_time(0.2, 0.5, cores)  # something short, an optimizer step for instance
+    machine.pass_time(1, 0.02, cores)
     assert not cores.crowded and idle_teams() == 0
-    machine.pass_time(0.2, 0.5, cores)
+    machine.pass_time(0.4, 0.5, cores)
     assert cores.crowded and idle_teams() == 1
     machine.pass_time(10, 0.1, cores)  # not crowded enough to begin with, and not calm either
     assert cores.crowded
-    machine.pass_time(1.5, 0.0, cores)
+    machine.pass_time(0.7, 0.0, cores)
     assert cores.crowded
-    machine.pass_time(1.0, 0.0, cores)
+    machine.pass_time(0.7, 0.0, cores)
     assert not cores.crowded and idle_teams() == 0
 
 
 def test_a_return_that_goes_wrong_makes_the_next_calm_longer(machine, cores):
-    machine.pass_time(0.2, 0.5, cores)
-    machine.pass_time(2.5, 0.0, cores)
+    machine.pass_time(0.4, 0.5, cores)
+    machine.pass_time(1.3, 0.0, cores)
     assert not cores.crowded
-    machine.pass_time(0.2, 0.5, cores)  # spinning brought the neighbour's load back
-    assert cores.crowded
-    machine.pass_time(3.5, 0.0, cores)
+    machine.pass_time(0.4, 0.5, cores)  # spinning brought the neighbour's load back
     assert cores.crowded
     machine.pass_time(1.5, 0.0, cores)
+    assert cores.crowded
+    machine.pass_time(1.0, 0.0, cores)
     assert not cores.crowded
 
 
@@ -102,13 +105,22 @@ def test_the_kernel_counts_running_threads():
 
 
 def test_a_side_thread_works_alone_and_leaves_the_others_their_teams():
-    sizes = []
+    parameter = torch.nn.Parameter(torch.randn(1 << 18))
+    parameter.grad = torch.randn(1 << 18)
+    torch.zeros(1 << 18).add_(1.0)
+    torch.mm(torch.ones(500, 500), torch.ones(500, 500))
+    before, seen = set(os.listdir("/proc/self/task")), []
 
     def side() -> None:
         work_alone()
-        sizes.append(torch.get_num_threads())
+        torch.zeros(1 << 18).add_(1.0)
+        torch.mm(torch.ones(500, 500), torch.ones(500, 500))  # MKL's number of threads goes before OpenMP's
+        torch.optim.AdamW([parameter]).step()
+        seen.append((torch.get_num_threads(), set(os.listdir("/proc/self/task")) - before))
 
     thread = threading.Thread(target=side)
     thread.start()
     thread.join()
-    assert sizes == [1] and torch.get_num_threads() == 2
+    (size, threads) = seen[0]
+    assert size == 1 and torch.get_num_threads() == 2
+    assert threads == {str(thread.native_id)}, "the side thread has started a team"

@@ -165,6 +165,10 @@ def test_bfloat16_is_as_near_to_float64_as_plain_autograd_in_bfloat16(save):
     step = new_step("a", plain, rows)
     run_sweep(model, new_sweep(model, {"a": (step, rows)}, save=save), [10, 7], 16, [7, 10])
     assert abs(step.loss_sum / step.loss_tokens - loss) <= 0.02 * loss
-    theirs = max(float((g.double() - w).norm() / w.norm()) for m in reference for g, w in zip(rounded[m], reference[m]))
+    theirs = max(
+        float((g.double() - w).norm() / w.norm())
+        for m in reference
+        for g, w in zip(rounded[m], reference[m], strict=True)
+    )
     assert worst_error(step, reference) <= 1.25 * theirs
     assert theirs < 0.5, "the reference itself says nothing"

@@ -20,12 +20,12 @@ that it has not seen for a while.
   one of twice that for the scale of each kind of part. The first observation sets the scale of all of them, the first
   one of a part on its own the scale of that kind.
 - *Upper estimate*: factor · θ·x + √(xᵀPx), summed over parts; factor = (the configured quantile of a normal
-  distribution with the median and upper quartile of the last 32 measured/predicted ratios) · tail · boost. The
-  fit follows the machine quickly; real ratios have more in their tail than a normal distribution, so `tail` walks up
+  distribution with the median and upper quartile of the last 32 measured/predicted ratios) · tail · boost. The fit
+  follows the machine quickly; real ratios have more in their tail than a normal distribution, so `tail` walks up
   with every iteration over its upper estimate and down with every other one, in steps whose ratio makes it stand
-  still when just the configured share is inside (Robbins and Monro, 1951). After an iteration longer than its upper estimate, boost grows by the same ratio
-  (at most 1.5x at once); it halves every iteration. Sums of upper estimates are upper estimates, so a planner may
-  add units one at a time.
+  still when just the configured share is inside (Robbins and Monro, 1951). After an iteration longer than its upper
+  estimate, boost grows by the same ratio (at most 1.5x at once); it halves every iteration. Sums of upper estimates
+  are upper estimates, so a planner may add units one at a time.
 """
 
 from __future__ import annotations

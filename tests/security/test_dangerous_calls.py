@@ -22,6 +22,11 @@ CALLS = {
     "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "PeftConfig.from_pretrained", "numpy.fromfile",
     "ctypes.CDLL",
 }  # fmt: skip
+# Libraries that are part of the process already, at places that nobody outside can choose; once each.
+ALLOWED = {
+    ("server/engine/containment.py", "ctypes.CDLL"): "glibc's malloc_trim, after memory ran out",
+    ("server/engine/cores.py", "ctypes.CDLL"): "the size of an OpenMP team, in the library that torch is linked with",
+}
 METHODS = {"recv_pyobj", "send_pyobj", "read_pickle", "to_pickle"}
 KEYWORDS = {"shell": True, "allow_pickle": True, "trust_remote_code": True, "weights_only": False}
 
@@ -65,7 +70,9 @@ def safe(keyword):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_source_file_is_free_of_them(path):
-    assert list(faults(path.read_text("utf-8"))) == []
+    name = str(path.relative_to(ROOT))
+    found = [call for _, call in faults(path.read_text("utf-8"))]
+    assert sorted(found) == sorted(call for file, call in ALLOWED if file == name)
 
 
 def test_every_source_is_read():

@@ -273,20 +273,19 @@ class TrainingPolicy:
         """A ride or some layers of a window: whatever fits and moves the most rows × layers."""
         layers = sweep.state.layers
         whole = sweep.next_forward()
-        ride: tuple[float, int, ForwardLoad, Cost] | None = None
+        ride: tuple[int, ForwardLoad, Cost] | None = None
         if sweep.can_ride():
             for tokens in self._sizes(whole):
                 load = plan.load.with_ride(sweep.state, tokens)
                 cost = costs.base(load)
-                extra = cost[which] - plan.base[which]
-                if extra <= left:
-                    ride = (tokens * layers / max(extra, 1e-9), tokens, load, cost)
+                if cost[which] - plan.base[which] <= left:
+                    ride = (tokens, load, cost)
                     break
-            if ride is not None and ride[1] == whole:
-                plan.add_ride(sweep.ride(whole), ride[2], ride[3])
+            if ride is not None and ride[0] == whole:
+                plan.add_ride(sweep.ride(whole), ride[1], ride[2])
                 return True
         # The window that leaves the least of the budget unused, not the quickest one: what is left is lost.
-        best: tuple[float, ForwardUnit, Cost] | None = None
+        best: tuple[int, ForwardUnit, Cost] | None = None
         todo = layers - (sweep.partial_layer if sweep.partial_tokens else 0)
         for tokens in (whole,) if sweep.partial_tokens else self._fine_sizes(whole):
             depth = _most(todo, left, lambda n, rows=tokens: costs.slice(rows, n, layers)[which])  # type: ignore[misc]
@@ -296,8 +295,8 @@ class TrainingPolicy:
                     ForwardUnit(sweep.state.sweep_id, tokens, depth),
                     costs.slice(tokens, depth, layers),
                 )
-        if ride is not None and (best is None or ride[1] * layers >= best[0]):
-            plan.add_ride(sweep.ride(ride[1]), ride[2], ride[3])
+        if ride is not None and (best is None or ride[0] * layers >= best[0]):
+            plan.add_ride(sweep.ride(ride[0]), ride[1], ride[2])
             return True
         if best is None:
             return False

@@ -49,7 +49,6 @@ class GenerationPart:
         slots = [blocks[p // size] * size + p % size for blocks, p in zip(tables, positions, strict=True)]
         self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
         self._slots = torch.tensor(slots, dtype=torch.int64, device=device)
-
         self._adapters = self._neighbours()
         self.adapted, self.keeps_products = bool(self._adapters), False
 
@@ -64,11 +63,6 @@ class GenerationPart:
             else:
                 found.append((start, end, run.pair))
         return found
-
-    @property
-    def last_rows(self) -> list[int]:
-        """The row of each run's newest token."""
-        return [end - 1 for end in self._starts[1:]]
 
     def segments(self, site: Site, row: int) -> list[LoraSegment]:
         found = ((start, end, pair_of(site)) for start, end, pair_of in self._adapters)

@@ -9,10 +9,11 @@ from coserve.kernels.attention.training import Score
 from coserve.kernels.lora import LoraSegment
 from coserve.server.engine.kv_cache import LayerShape
 from coserve.server.engine.model import BaseModel
+from coserve.server.engine.siblings import OneRow
 from coserve.server.training.peft.sites import Site
 
 
-class _ShapePass:
+class _ShapePass(OneRow):
     """A pass of one row whose attention reads only the row itself, and notes the shapes it was given."""
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class _ShapePass:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
         self.shapes[layer] = LayerShape(k.shape[0], k.shape[2], v.shape[2])
-        return v.repeat_interleave(q.shape[0] // v.shape[0], 0).transpose(0, 1)
+        return super().attend(layer, q, k, v, score, sinks)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from coserve.kernels.attention.training import Score
 from coserve.server.engine.frame import Frame
 
 
-class _OneRow:
+class OneRow:
     """What `coserve_attention` asks of a pass, for one row that sees only itself."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
@@ -40,7 +40,7 @@ def sibling_linears(frame: Frame, layers: nn.ModuleList) -> list[list[list[str]]
             if isinstance(module, nn.Linear)
         ]
         try:
-            out = layer(x, *call.args, **call.kwargs, engine_ctx=_OneRow())
+            out = layer(x, *call.args, **call.kwargs, engine_ctx=OneRow())
         finally:
             for handle in handles:
                 handle.remove()

@@ -31,7 +31,7 @@ log = logging.getLogger("coserve.engine")
 _WINDOW_SECONDS = 0.1  # no look at the kernel's counters more often than this
 _CROWDED = 0.15  # waiting for a core ÷ (waiting + running), over all threads of the process …
 _CROWDED_LOOKS = 3  # … at so many looks in a row: an optimizer step on its side thread is over before
-_FREE = 0.05
+_FREE = 0.08  # the same, on average over a calm time; training beside idle cores has 0.03, one busy process makes 0.3
 _CALM_SECONDS = 1.0  # free for so long before the threads spin again …
 _MOST_CALM_SECONDS = 60.0  # … and up to so long where that soon went wrong
 _PARALLEL_ELEMENTS = 32768  # torch runs an elementwise operation of more elements than this a thread in parallel
@@ -44,6 +44,11 @@ class ThreadTime:
     running: float
     waiting: float  # runnable, without a core
 
+    def waiting_share(self, since: ThreadTime) -> float:
+        """Waiting ÷ (waiting + running) between two readings, 0 where neither moved."""
+        running, waiting = self.running - since.running, self.waiting - since.waiting
+        return waiting / (running + waiting) if running + waiting > 0 else 0.0
+
 
 class CoreSharing:
     """Call `adjust` once an iteration, from the thread that runs the model."""
@@ -55,7 +60,7 @@ class CoreSharing:
         self._team: _IdleTeam | None = None
         self._last_at, self._last = clock(), self._thread_time()
         self._crowded_looks = 0
-        self._calm_since: float | None = None
+        self._calm_at, self._calm = self._last_at, self._last  # where the calm time began that is being looked at
         self._calm_needed = _CALM_SECONDS
         self._spinning_since = -math.inf  # the last return to spinning
         # Where the kernel does not count, sleeping is the safe choice; one thread has nobody to wait for.
@@ -75,21 +80,19 @@ class CoreSharing:
         read = self._thread_time()
         if read is None or self._last is None:
             return
-        running, waiting = read.running - self._last.running, read.waiting - self._last.waiting
+        share = read.waiting_share(self._last)
         self._last_at, self._last = now, read
-        share = waiting / (running + waiting) if running + waiting > 0 else 0.0
         if self._team is None:
             self._crowded_looks = self._crowded_looks + 1 if share > _CROWDED else 0
             if self._crowded_looks == _CROWDED_LOOKS:
                 soon = now - self._spinning_since < 2 * self._calm_needed
                 self._calm_needed = min(2 * self._calm_needed, _MOST_CALM_SECONDS) if soon else _CALM_SECONDS
+                self._calm_at, self._calm = now, read
                 self._sleep()
-        elif share > _FREE:
-            self._calm_since = None
-        elif self._calm_since is None:
-            self._calm_since = now
-        elif now - self._calm_since >= self._calm_needed:
-            self._spin(now)
+        elif now - self._calm_at >= self._calm_needed:
+            if self._calm is not None and read.waiting_share(self._calm) <= _FREE:
+                self._spin(now)
+            self._calm_at, self._calm = now, read
 
     def close(self) -> None:
         """End the idle team; called once."""
@@ -99,7 +102,7 @@ class CoreSharing:
             self._team = None
 
     def _sleep(self) -> None:
-        self._team, self._calm_since, self._crowded_looks = _IdleTeam(), None, 0
+        self._team, self._crowded_looks = _IdleTeam(), 0
         log.info("the cores are shared: OpenMP threads sleep at barriers")
 
     def _spin(self, now: float) -> None:

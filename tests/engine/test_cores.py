@@ -65,6 +65,15 @@ def test_threads_sleep_while_the_cores_are_crowded_and_spin_again_after_a_calm(m
     assert not cores.crowded and idle_teams() == 0
 
 
+def test_a_moment_without_a_core_does_not_keep_the_threads_asleep(machine, cores):
+    machine.pass_time(0.4, 0.5, cores)
+    assert cores.crowded
+    for _ in range(4):  # an optimizer step on its side thread, every half second
+        machine.pass_time(0.45, 0.03, cores)
+        machine.pass_time(0.05, 0.3, cores)
+    assert not cores.crowded
+
+
 def test_a_return_that_goes_wrong_makes_the_next_calm_longer(machine, cores):
     machine.pass_time(0.4, 0.5, cores)
     machine.pass_time(1.3, 0.0, cores)

@@ -1,8 +1,4 @@
-"""A whole server as a user starts it, and what a benchmark does to it over HTTP: streams, jobs, counters.
-
-Streams are read by a few lines of asyncio of their own: on a small machine the client shares the cores with the
-server, and a full HTTP client would take a noticeable part of them.
-"""
+"""A whole server as a user starts it, and what a benchmark does to it over HTTP: streams, jobs, counters."""
 
 from __future__ import annotations
 
@@ -17,13 +13,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import harness
 import httpx
+from peers.completions import CompletionFailed, Completions
 
 READY_SECONDS = 300
 STOP_SECONDS = 30
@@ -78,6 +75,14 @@ class Server:
     def failure(self, text: str) -> ServerFailed:
         return ServerFailed(f"{text}\n{Path(self._log.name).read_text(errors='replace')[-4000:]}")
 
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A completion that fails, fails with the server's log."""
+        try:
+            yield
+        except CompletionFailed as error:
+            raise self.failure(str(error)) from error
+
     def _wait_ready(self) -> None:
         watchdog = threading.Timer(READY_SECONDS, self._process.kill)
         watchdog.start()
@@ -93,9 +98,10 @@ class Server:
             watchdog.cancel()
         if not self.port:
             raise self.failure("the server did not start:")
-        self._key = (self.data_dir / "admin-key").read_text().strip()
+        key = (self.data_dir / "admin-key").read_text().strip()
+        self._completions = Completions(self.port, self.model_id, key)
         self._http = httpx.Client(
-            base_url=f"http://127.0.0.1:{self.port}", headers={"authorization": f"Bearer {self._key}"}, timeout=60,
+            base_url=f"http://127.0.0.1:{self.port}", headers={"authorization": f"Bearer {key}"}, timeout=60,
             trust_env=False,
         )  # fmt: skip
 
@@ -109,51 +115,10 @@ class Server:
 
     # ------------------------------------------------------------------ generation
 
-    async def stream(self, prompt: list[int], new_tokens: int) -> AsyncIterator[tuple[float, int]]:
-        """(arrival time, tokens) of every piece of one greedy completion of exactly `new_tokens` tokens."""
-        body = json.dumps(
-            {"model": self.model_id, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True,
-             "stream": True, "return_token_ids": True}
-        ).encode()  # fmt: skip
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nAuthorization: Bearer {self._key}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        ).encode()
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
-        try:
-            writer.write(head + body)
-            status = await reader.readline()
-            if b" 200 " not in status:
-                raise self.failure(f"a completion was refused: {(await reader.read()).decode(errors='replace')}")
-            got = 0
-            async for line in reader:
-                if not line.startswith(b"data: {"):
-                    continue
-                piece = json.loads(line[6:])
-                if "error" in piece:
-                    raise self.failure(f"a stream failed: {piece['error']}")
-                count = len(piece["choices"][0]["token_ids"]) if piece["choices"] else 0
-                if count:
-                    got += count
-                    yield time.perf_counter(), count
-            if got != new_tokens:
-                raise self.failure(f"a stream brought {got} of {new_tokens} tokens")
-        finally:
-            writer.close()
-
     def generate(self, prompts: list[list[int]], new_tokens: int) -> float:
         """Seconds from the first request to the last token of all, sent at once."""
-
-        async def one(prompt: list[int]) -> None:
-            async for _ in self.stream(prompt, new_tokens):
-                pass
-
-        async def every() -> None:
-            await asyncio.gather(*(one(prompt) for prompt in prompts))
-
-        began = time.perf_counter()
-        asyncio.run(every())
-        return time.perf_counter() - began
+        with self._explained():
+            return self._completions.generate(prompts, new_tokens)
 
     def load(
         self, streams: int, seconds: float, prompts: Iterator[list[int]], new_tokens: int,
@@ -168,7 +133,7 @@ class Server:
             length = max(2, new_tokens * (number + 1) // streams)
             while not stop.is_set():
                 asked, first, before = time.perf_counter(), None, None
-                async with contextlib.aclosing(self.stream(next(prompts), length)) as pieces:
+                async with contextlib.aclosing(self._completions.stream(next(prompts), length)) as pieces:
                     async for now, count in pieces:
                         load.pieces.append((now, count, None if before is None else now - before))
                         first, before = first or now, now
@@ -193,7 +158,8 @@ class Server:
             stop.set()
             await asyncio.gather(*clients)
 
-        asyncio.run(every())
+        with self._explained():
+            asyncio.run(every())
         return load
 
     # ------------------------------------------------------------------ training

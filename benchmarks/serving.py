@@ -103,7 +103,8 @@ def main() -> None:
     if arguments.peer_python is None:
         report.notes.append("vLLM was not measured: give --peer-python the Python of an environment that has it.")
     report.notes.append(
-        "coserve answers HTTP requests and detokenizes; the peers are called in their own process with token ids."
+        "Systems *over HTTP* detokenize and share the cores with a client; the others are called in their own process, "
+        "with token ids."
     )
     report.figures = {
         "rounds": rates, "median": medians, "floor": floors, "floor_forms": floor_forms, "absent": absent,
@@ -121,6 +122,7 @@ def _peers(vllm_python: str | None) -> list[tuple[str, str, list[str], Path | No
     if vllm_python:
         python = Path(vllm_python)
         peers += [
+            ("vLLM, over HTTP", "vllm_server.py", [], python),
             ("vLLM", "vllm_generation.py", [], python),
             ("vLLM, LoRA enabled", "vllm_generation.py", ["--lora"], python),
         ]

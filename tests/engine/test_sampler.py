@@ -112,10 +112,16 @@ def test_equal_scores_at_the_border_go_to_the_lower_ids():
     assert set(draw(logits, 50, top_k=1)) == {1}
 
 
-def test_greedy_is_the_first_best_token():
-    logits = logits_of(3, 1000, rows=5)
-    got = [s.token_id for s in sample(logits, [SamplingRow(params(temperature=0))] * 5)]
+@pytest.mark.parametrize("vocabulary", [1000, 2048])
+def test_greedy_is_the_first_best_token(vocabulary):
+    logits = logits_of(3, vocabulary, rows=6)
+    logits[1:4, 700] = logits[1:4, 900] = 50.0  # equals in one chunk,
+    logits[2, 100] = 50.0  # in two chunks,
+    logits[3, -1] = 60.0  # the last token of all,
+    logits[5] = -math.inf  # and nothing but minus infinity
+    got = [s.token_id for s in sample(logits, [SamplingRow(params(temperature=0))] * 6)]
     assert got == logits.argmax(-1).tolist()
+    assert got[1:4] == [700, 100, vocabulary - 1]
     tied = torch.tensor([[1.0, 4.0, 4.0]])
     for settings in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}, {"min_p": 1.0}):
         chosen = {sample(tied, [SamplingRow(params(**{**settings, "seed": s}))])[0].token_id for s in range(20)}

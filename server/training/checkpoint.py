@@ -11,9 +11,8 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from coserve.server.training.durable import replace_file, sync_directory
 from coserve.server.training.peft.folder import AdapterError, read_folder, version_digest, write_folder
 from coserve.server.training.peft.lora import LoraConfig, LoraWeights
 from coserve.server.training.peft.sites import Site
+from coserve.server.training.progress import Progress
 from coserve.server.training.tensor_file import TensorFileError, parse_json, read_tensors, tensor_bytes, write_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -34,37 +34,13 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointState:
-    """state.json: everything of a job's progress that is not a tensor."""
-
-    step: int  # optimizer steps done, skipped ones included
-    digest: str  # version digest of the adapter
-    optimizer_digest: str
-    trained_tokens: int
-    consecutive_skips: int = 0
-    best_valid_loss: float | None = None
-    evaluations_without_gain: int = 0
-    published: bool = False  # became, or is about to become, a version of the adapter
-    open_step: dict[str, Any] | None = None  # a step whose evaluation is still to come
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: bytes) -> CheckpointState:
-        try:
-            value = parse_json(text, STATE_FILE)
-            return cls(**value)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{STATE_FILE} is malformed: {error}") from error
-
-
-@dataclass(frozen=True, slots=True)
 class Restored:
     """A checkpoint as read: weights in their stored dtype on the CPU, the optimizer's tensors by name."""
 
     config: LoraConfig
     weights: LoraWeights
     optimizer: dict[str, torch.Tensor]
-    state: CheckpointState
+    state: Progress
 
 
 class CheckpointStore:
@@ -90,7 +66,7 @@ class CheckpointStore:
 
     def write(
         self,
-        state: CheckpointState,
+        state: Progress,
         config: LoraConfig,
         weights: LoraWeights,
         optimizer: Mapping[str, torch.Tensor],
@@ -118,14 +94,14 @@ class CheckpointStore:
         sync_directory(self.folder)
         return final
 
-    def update_state(self, state: CheckpointState) -> None:
+    def update_state(self, state: Progress) -> None:
         """Replace state.json of the checkpoint at state.step; its tensors stay."""
         replace_file(self.path(state.step) / STATE_FILE, _state_text(state))
 
-    def state(self, step: int) -> CheckpointState:
+    def state(self, step: int) -> Progress:
         """Raises CheckpointError."""
         try:
-            return CheckpointState.parse((self.path(step) / STATE_FILE).read_bytes())
+            return _parse_state((self.path(step) / STATE_FILE).read_bytes())
         except FileNotFoundError as error:
             raise CheckpointError(f"{STATE_FILE} is missing") from error
 
@@ -184,5 +160,12 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _state_text(state: CheckpointState) -> bytes:
+def _parse_state(text: bytes) -> Progress:
+    try:
+        return Progress(**parse_json(text, STATE_FILE))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{STATE_FILE} is malformed: {error}") from error
+
+
+def _state_text(state: Progress) -> bytes:
     return (json.dumps(asdict(state), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()

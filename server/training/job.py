@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from coserve.server.training.batches import Batch, BatchSource
-from coserve.server.training.checkpoint import CheckpointState
 from coserve.server.training.events import Record
 from coserve.server.training.opening import (
     NO_ROOM,
@@ -29,6 +28,7 @@ from coserve.server.training.opening import (
 from coserve.server.training.optimizer import AdamW, lr_at
 from coserve.server.training.peft.lora import LoraPair
 from coserve.server.training.peft.sites import Site
+from coserve.server.training.progress import Evaluation, Progress
 from coserve.server.training.records import JobRecords, OnEvent
 
 log = logging.getLogger("coserve.training")
@@ -59,7 +59,8 @@ class TrainingJob:
         self._base_digest = base_digest
         self._base_model_name = base_model_name
         self._source: BatchSource = parts.source
-        self._progress: CheckpointState = parts.progress
+        self._progress: Progress = parts.progress
+        self._evaluation = Evaluation()
         self._optimizer = AdamW(parts.params, parts.spec.training)
         self._optimizer.restore(parts.optimizer)
         self._records = JobRecords(
@@ -71,7 +72,6 @@ class TrainingJob:
             parts.spec.training.keep_checkpoints,
             on_event,
         )
-        self._begin_evaluation()
 
     @classmethod
     def open(
@@ -130,7 +130,7 @@ class TrainingJob:
             self._flush()
         while self.state == "running":
             if self._progress.open_step is not None:
-                batch = self._source.evaluation(self.step, self._evaluated_rows)
+                batch = self._source.evaluation(self.step, self._evaluation.rows)
                 if batch is not None:
                     return batch
                 self._close_evaluation()
@@ -170,16 +170,10 @@ class TrainingJob:
             "tokens": batch.tokens,
             "loss_tokens": batch.loss_tokens,
         }
-        self._progress = replace(
-            self._progress,
-            step=batch.step,
-            trained_tokens=self.trained_tokens + batch.tokens,
-            consecutive_skips=0,
-            published=False,
-        )
+        self._progress = self._progress.stepped(batch)
         if self._source.evaluation_due(batch.step):
             self._progress = replace(self._progress, open_step=metrics)
-            self._begin_evaluation()
+            self._evaluation = Evaluation()
         else:
             self._close_step(metrics)
 
@@ -188,11 +182,8 @@ class TrainingJob:
         if self.state != "running":
             return
         self._expect(batch, "eval", self.step)
-        self._evaluated_rows += len(batch.rows)
-        self._eval_loss_sum += loss_sum
-        self._eval_correct += correct
-        self._eval_tokens += batch.loss_tokens
-        if self._source.evaluation(self.step, self._evaluated_rows) is None:
+        self._evaluation.add(batch, loss_sum, correct)
+        if self._source.evaluation(self.step, self._evaluation.rows) is None:
             self._close_evaluation()
 
     # ------------------------------------------------------------------ commands
@@ -244,26 +235,9 @@ class TrainingJob:
 
     # ------------------------------------------------------------------ steps
 
-    def _begin_evaluation(self) -> None:
-        self._evaluated_rows = 0
-        self._eval_loss_sum = 0.0
-        self._eval_correct = 0
-        self._eval_tokens = 0
-
     def _close_evaluation(self) -> None:
-        metrics = dict(self._progress.open_step or {})
-        best, waited = self._progress.best_valid_loss, self._progress.evaluations_without_gain
-        valid_loss = self._eval_loss_sum / self._eval_tokens if self._eval_tokens else math.nan
-        if math.isfinite(valid_loss):
-            metrics["valid_loss"] = valid_loss
-            metrics["valid_mean_token_accuracy"] = self._eval_correct / self._eval_tokens
-        if best is None or valid_loss < best:
-            best, waited = (valid_loss if math.isfinite(valid_loss) else best), 0
-        else:
-            waited += 1
-        self._progress = replace(
-            self._progress, open_step=None, best_valid_loss=best, evaluations_without_gain=waited
-        )  # fmt: skip
+        metrics = {**(self._progress.open_step or {}), **self._evaluation.metrics}
+        self._progress = self._progress.evaluated(self._evaluation.loss)
         self._close_step(metrics)
 
     def _close_step(self, metrics: Record) -> None:
@@ -278,15 +252,8 @@ class TrainingJob:
 
     def _skip(self, batch: Batch, reason: str, why: str) -> None:
         """Leave a step out; the schedule and the data go on without it."""
-        diverging = reason != "no_loss_tokens"
-        skips = self._progress.consecutive_skips + diverging
-        self._progress = replace(
-            self._progress,
-            step=batch.step,
-            trained_tokens=self.trained_tokens + batch.tokens,
-            consecutive_skips=skips,
-            published=False,
-        )
+        self._progress = self._progress.skipped(batch, diverging=reason != "no_loss_tokens")
+        skips = self._progress.consecutive_skips
         data = {"step": batch.step, "reason": reason, "consecutive": skips}
         self._records.emit_later("skipped_step", "warn", f"Step {batch.step}/{self.total_steps} skipped: {why}", data)
         if skips >= MAX_CONSECUTIVE_SKIPS:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from coserve.server.training.batches import BatchSource
-from coserve.server.training.checkpoint import CheckpointError, CheckpointState, CheckpointStore
+from coserve.server.training.checkpoint import CheckpointError, CheckpointStore
 from coserve.server.training.dataset import DatasetError, TokenRows
 from coserve.server.training.durable import is_storage_full
 from coserve.server.training.events import EventLog, Record
@@ -22,6 +22,7 @@ from coserve.server.training.peft.folder import AdapterError, read_folder
 from coserve.server.training.peft.lora import LoraConfig, LoraWeights, cast_weights, init_lora
 from coserve.server.training.peft.patterns import PatternError
 from coserve.server.training.peft.sites import Site
+from coserve.server.training.progress import Progress
 from coserve.server.training.records import OnEvent
 from coserve.server.training.spec import MAX_SPEC_BYTES, JobSpec, SpecError, parse_spec
 
@@ -57,7 +58,7 @@ class Opened:
     config: LoraConfig
     params: LoraWeights  # masters, on the device
     optimizer: dict[str, torch.Tensor]  # empty at the beginning
-    progress: CheckpointState
+    progress: Progress
     announced: frozenset[int]  # steps whose checkpoint event stands and was not taken back
     published: frozenset[int]
     dropped: dict[int, str]  # damaged checkpoints that were removed: step -> why
@@ -105,7 +106,7 @@ def open_parts(
                           frozenset(announced), frozenset(published), dropped)  # fmt: skip
         _remove(store, dropped)
         config, weights = _initial(data_dir, spec, sites, base_digest)
-        start = CheckpointState(step=0, digest="", optimizer_digest="", trained_tokens=0)
+        start = Progress(step=0, digest="", optimizer_digest="", trained_tokens=0)
         return Opened(spec, source, log, store, config, cast_weights(weights, device, dtype), {}, start,
                       frozenset(announced), frozenset(published), dropped)  # fmt: skip
     except BaseException:

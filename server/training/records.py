@@ -12,12 +12,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from coserve.server.training.checkpoint import CheckpointError, CheckpointState, CheckpointStore, tensors_digest
+from coserve.server.training.checkpoint import CheckpointError, CheckpointStore, tensors_digest
 from coserve.server.training.durable import is_storage_full, replace_file
 from coserve.server.training.events import EventLog, Record, result_table
 from coserve.server.training.optimizer import AdamW
 from coserve.server.training.peft.folder import version_digest
 from coserve.server.training.peft.lora import LoraConfig, LoraWeights
+from coserve.server.training.progress import Progress
 
 PUBLISHED_KEPT = 2  # published folders outlive pruning until two newer ones are there: their readers may be late
 
@@ -103,7 +104,7 @@ class JobRecords:
         return self._path(steps[-1]) if steps else None
 
     def checkpoint_later(
-        self, progress: CheckpointState, config: LoraConfig, params: LoraWeights, optimizer: AdamW,
+        self, progress: Progress, config: LoraConfig, params: LoraWeights, optimizer: AdamW,
         base_digest: str, base_model_name: str,
     ) -> None:  # fmt: skip
         """Store a checkpoint of progress.step; `params` and `optimizer` must not change before the flush.
@@ -129,7 +130,7 @@ class JobRecords:
         self._effects.append(self._write_results)
 
     def _write(
-        self, progress: CheckpointState, config: LoraConfig, params: LoraWeights, optimizer: AdamW,
+        self, progress: Progress, config: LoraConfig, params: LoraWeights, optimizer: AdamW,
         base_digest: str, base_model_name: str,
     ) -> None:  # fmt: skip
         step = progress.step

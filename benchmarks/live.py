@@ -113,6 +113,11 @@ class Server:
         pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
+    def iterations(self, began: float, ended: float) -> list[dict[str, Any]]:
+        """The engine's records of the iterations that began in this wall-clock time; it keeps the newest 2,000."""
+        answer = self._http.get("/v1/coserve/iterations", params={"limit": 2000}).raise_for_status().json()
+        return [record for record in answer["data"] if began <= record["started_at"] < ended]
+
     # ------------------------------------------------------------------ generation
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> float:

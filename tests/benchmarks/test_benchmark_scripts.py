@@ -78,6 +78,30 @@ def test_coserving(run_benchmark) -> None:
     assert 0 < phases["streams alone"]["itl_p50_s"] <= phases["streams alone"]["itl_p99_s"]
 
 
+SMALL_JOB = ("--length=16", "--labels=4", "--batch=2")
+
+
+def test_promises(run_benchmark) -> None:
+    output, figures = run_benchmark("promises.py", *SMALL_JOB, "--promises", 4, "--seconds=1.5", "--rounds=1")
+    check_machine(output, figures)
+    found = figures["promises"]["4"]
+    assert list(table(output)) == ["4"] and found["promise_s"] == pytest.approx(4 * figures["decode_step_s"])
+    both, alone, job = (found[name] for name in ("both", "streams alone", "job alone"))
+    assert all(0 < part["inside"] <= 1 and part["p99_s"] > 0 and part["error"] > 0 for part in (both, alone))
+    share = both["streams_tokens_per_second"][0] / alone["streams_tokens_per_second"][0]
+    retention = both["training_tokens_per_second"][0] / job["training_tokens_per_second"][0]
+    assert found["inference_share"] == pytest.approx(share)
+    assert found["kept"] == pytest.approx(retention / (1 - share))
+
+
+def test_burst(run_benchmark) -> None:
+    output, figures = run_benchmark("burst.py", *SMALL_JOB, "--quiet=1.5", "--rounds=1")
+    check_machine(output, figures)
+    (burst,) = figures["bursts"]
+    assert list(table(output)) == ["1"] and burst["iterations"] >= 64 > burst["over"]
+    assert burst["training_before"] > 0 and burst["back_s"] < 1.5
+
+
 def test_activations(run_benchmark) -> None:
     output, figures = run_benchmark(
         "activations.py", "--length=64", "--labels=16", "--window=16", "--head-rows=4", "--rank=4"

@@ -45,13 +45,15 @@ def main() -> None:
         return
 
     import torch
+
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu" and not arguments.smoke:
+        raise SystemExit("there is no CUDA device here; --smoke runs the tables at toy size on a CPU")
+
     from gpu_tables.bench import Bench
     from gpu_tables.table import Results
 
     torch.set_num_threads(arguments.threads)
-    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu" and not arguments.smoke:
-        raise SystemExit("there is no CUDA device here; --smoke runs the tables at toy size on a CPU")
     bench = Bench(torch.device(name), arguments.smoke, arguments.threads, Results(arguments.json))
     for table in arguments.table:
         importlib.import_module(f"gpu_tables.{TABLES[table]}").run(bench)

@@ -1,9 +1,9 @@
 """Adapters: what LoRA costs a decode step and a prompt, by the number of adapters in a batch, their spread and ranks.
 
-Row "off" is an engine with nothing in its adapter memory. All others have adapters resident; "on, unused" serves the
-base model to every request. An adapter is in the pool once for each version, so every version of a row has pages of its
-own, whatever file it came from. The floor of a row counts the bytes of the adapters that its batch names: with many
-different ones they are a good part of the weights, and no kernel reads them for nothing.
+Row "off" is an engine with nothing in its adapter memory, measured first and last: what lies between its two rows is
+noise. All others have adapters resident; "on, unused" serves the base model to every request. Every version has pages
+of its own, whatever file it came from. The floor of a row counts the bytes of the adapters that its batch names: with
+many different ones they are a good part of the weights, and no kernel reads them for nothing.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness import ratio, say
 
+from coserve.server.engine.adapter_pool import default_page_elements
 from coserve.server.wire.messages import AdapterRef
 from gpu_tables.bench import Bench
+from gpu_tables.decode import CALM_ITL_MS, decode_steps, floor_seconds
 from gpu_tables.decode import Size as Steps
-from gpu_tables.decode import decode_steps, floor_seconds
 from gpu_tables.orders import write_adapter
-from gpu_tables.stand import Stand, random_prompts
+from gpu_tables.stand import Stand
+from gpu_tables.table import Table
 
-MIXED = (8, 16, 32, 64)
+MIXED = (32, 8, 16, 64)  # the first one, which a batch of one adapter uses, is next to their mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Size:
 
 
 FULL = Size(128, (1, 8, 32, 128), Steps((), 256, 32, 6, 0, 1), 8, 512, 5, 16 << 30, 32 << 30)
-TOY = Size(4, (1, 2, 4), Steps((), 16, 4, 1, 0, 1), 2, 16, 2, 16 << 20, 32 << 20)
+TOY = Size(4, (1, 4), Steps((), 16, 4, 1, 0, 1), 2, 16, 2, 16 << 20, 32 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,8 @@ class Versions:
         self._paths = {rank: write_adapter(stand.data_dir, f"rank-{rank}", stand.model, rank) for rank in MIXED}
 
     def bring(self, count: int) -> None:
-        """That many of the first rank into the pool, used once."""
-        refs = [self._version(number, MIXED[1:2]) for number in range(count)]
+        """That many of rank 16 into the pool, used once."""
+        refs = [self._version(number, (16,)) for number in range(count)]
         prompts = [[5, 6, 7, 8]] * count
         requests = self._stand.generate(prompts, 1, refs)
         self._stand.until(lambda: all(self._stand.tokens[request] for request in requests))
@@ -90,65 +93,97 @@ class Versions:
         return AdapterRef(f"{rank:032x}{number:032x}", self._paths[rank])
 
 
+def _rank_of(digest: str) -> int:
+    return int(digest[:32], 16)
+
+
 def run(bench: Bench) -> None:
     size = TOY if bench.smoke else FULL
-    context = size.steps.context
     table = bench.table(
-        "adapters", f"Adapters: decode steps of {size.batch} requests at about {context} tokens of context",
+        "adapters", f"Adapters: decode steps of {size.batch} requests at about {size.steps.context} tokens of context",
         ["adapters", "requests choose", "in the batch", "step ms", "÷ off", "÷ 1 adapter", "floor ms", "÷ floor",
          "MiB reserved", "prefill ms", "prefill ÷ off"],
     )  # fmt: skip
-    options = {"kv_memory": size.kv_memory, "max_model_len": 4096 if not bench.smoke else 512, "slo_itl_ms": 60_000.0,
-               "max_running": max(size.batch, size.prompts)}  # fmt: skip
-    page = bench.model.base.hidden_size * 8 * bench.dtype.itemsize
-    with bench.stand(adapter_memory=page, **options) as stand:
-        off = decode_steps(stand, bench, size.batch, context, size.steps)
-        off_prefill = _prefill(stand, bench, size, ())
-        say(f"off: {1e3 * off.seconds:.2f} ms")
-    floor = floor_seconds(bench, size.batch, off.context)
-    table.row("0, off", "base", 0, 1e3 * off.seconds, 1.0, None, 1e3 * floor, off.seconds / floor, page / 2**20,
-              1e3 * off_prefill, 1.0)  # fmt: skip
+    first = _off(bench, size, table, "0, off", None)
     one: dict[tuple[int, ...], float] = {}
-    with bench.stand(adapter_memory=size.adapter_memory, **options) as stand:
+    with bench.stand(adapter_memory=size.adapter_memory, **_options(bench, size)) as stand:
         versions = Versions(stand)
         versions.bring(max(size.counts))
         for row in rows(size.counts):
             chosen = versions.choose(row, size.batch)
-            found = decode_steps(stand, bench, size.batch, context, size.steps, chosen)
-            held = _bytes_reserved(stand)
-            prefill = _prefill(stand, bench, size, chosen[:: max(1, size.batch // size.prompts)][: size.prompts])
+            found = _measure(stand, bench, size, chosen)
             if row.spread == "identical":
-                one[row.ranks] = found.seconds
-            distinct = {ref.digest: ref for ref in chosen if ref is not None}
-            bytes_read = sum(
-                bench.geometry.lora_parameters(int(digest[:32], 16)) * bench.dtype.itemsize for digest in distinct
-            )
-            floor = floor_seconds(bench, size.batch, found.context) + bytes_read / bench.copy_rate
-            over_off = found.seconds / off.seconds
-            over_one = ratio(found.seconds, one.get(row.ranks)) if row.adapters > 1 else None
-            say(f"{row.name}, {row.spread}: {1e3 * found.seconds:.2f} ms")
-            table.row(
-                row.name, row.spread, len(distinct), 1e3 * found.seconds, over_off, over_one, 1e3 * floor,
-                found.seconds / floor, held / 2**20, 1e3 * prefill, prefill / off_prefill,
-            )  # fmt: skip
-            label = f"{row.name}, {row.spread}"
+                one[row.ranks] = found.step
+            over_one = ratio(found.step, one.get(row.ranks)) if row.adapters > 1 else None
+            _show(table, row.name, row.spread, found, first, over_one)
+            _aims(table, row, found, first, over_one, most=max(size.counts))
             if not row.adapters:
-                table.aim("LoRA on but unused ÷ off", over_off, 1.01)
-            elif row.adapters == 1:
-                table.aim(f"{label} ÷ off", over_off, 1.10)
-                table.aim(f"prefill, {label} ÷ off", prefill / off_prefill, 1.15)
-            elif row.adapters == max(size.counts):
-                table.aim(f"{label} ÷ 1 adapter", over_one, 1.05)
-                table.aim(f"prefill, {label} ÷ off", prefill / off_prefill, 1.15)
+                unused = found
+    last = _off(bench, size, table, "0, off again", first)
+    table.aim("LoRA on but unused ÷ off, the mean of its two rows", 2 * unused.step / (first.step + last.step), 1.01)
     table.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Of one row: seconds, bytes."""
+
+    adapters: int  # different ones in the batch
+    step: float
+    floor: float
+    reserved: float
+    prefill: float
+
+
+def _options(bench: Bench, size: Size) -> dict[str, Any]:
+    return {
+        "kv_memory": size.kv_memory, "max_model_len": 512 if bench.smoke else 4096, "slo_itl_ms": CALM_ITL_MS,
+        "max_running": max(size.batch, size.prompts),
+    }  # fmt: skip
+
+
+def _off(bench: Bench, size: Size, table: Table, name: str, first: Found | None) -> Found:
+    """A row without adapters, from an engine whose adapter memory is one page."""
+    page = default_page_elements(bench.geometry.hidden) * bench.dtype.itemsize
+    with bench.stand(adapter_memory=page, **_options(bench, size)) as stand:
+        found = _measure(stand, bench, size, ())
+    _show(table, name, "base", found, first or found, None)
+    return found
+
+
+def _measure(stand: Stand, bench: Bench, size: Size, chosen: Sequence[AdapterRef | None]) -> Found:
+    steps = decode_steps(stand, bench, size.batch, size.steps.context, size.steps, chosen)
+    reserved = _bytes_reserved(stand)
+    prefill = _prefill(stand, bench, size, chosen[:: max(1, size.batch // size.prompts)][: size.prompts])
+    distinct = {ref.digest for ref in chosen if ref is not None}
+    elements = sum(bench.geometry.lora_parameters(_rank_of(digest)) for digest in distinct)
+    floor = floor_seconds(bench, size.batch, steps.context) + elements * bench.dtype.itemsize / bench.copy_rate
+    return Found(len(distinct), steps.seconds, floor, reserved, prefill)
+
+
+def _show(table: Table, name: str, spread: str, found: Found, off: Found, over_one: float | None) -> None:
+    say(f"{name}, {spread}: {1e3 * found.step:.2f} ms")
+    table.row(
+        name, spread, found.adapters, 1e3 * found.step, found.step / off.step, over_one, 1e3 * found.floor,
+        found.step / found.floor, found.reserved / 2**20, 1e3 * found.prefill, found.prefill / off.prefill,
+    )  # fmt: skip
+
+
+def _aims(table: Table, row: Row, found: Found, off: Found, over_one: float | None, most: int) -> None:
+    label = f"{row.name}, {row.spread}"
+    if row.adapters == 1:
+        table.aim(f"{label} ÷ off", found.step / off.step, 1.10)
+    elif row.adapters == most:
+        table.aim(f"{label} ÷ 1 adapter", over_one, 1.05)
+    if row.adapters in (1, most):
+        table.aim(f"prefill, {label} ÷ off", found.prefill / off.prefill, 1.15)
 
 
 def _prefill(stand: Stand, bench: Bench, size: Size, adapters: Sequence[AdapterRef | None]) -> float:
     """Median seconds of a round of prompts, from the first iteration to the last first token."""
     seconds = []
     for number in range(size.rounds + 1):
-        stand.prompts_made += 1
-        prompts = random_prompts(size.prompts, size.prompt, bench.geometry.vocabulary, seed=stand.prompts_made)
+        prompts = stand.prompts(size.prompts, size.prompt)
         marks = [bench.clock.mark()]
         requests = stand.generate(prompts, 1, adapters)
         stand.until(lambda requests=requests: all(stand.tokens[request] for request in requests))

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from harness import ratio, say
 from peers.continuous_batching import BATCH_TOKENS, ContinuousBatching
 
@@ -18,7 +19,7 @@ from coserve.scheduler.config import SchedulerConfig
 from coserve.server.wire.messages import AdapterRef
 from gpu_tables.bench import Bench
 from gpu_tables.geometry import random_model
-from gpu_tables.stand import Stand, random_prompts
+from gpu_tables.stand import Stand
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Size:
 
 FULL = Size((1, 8, 32, 64, 128), 1024, 48, 8, 32 << 30, 2)
 TOY = Size((1, 3), 64, 6, 2, 16 << 20, 1)
-_CALM_ITL_MS = 60_000.0  # no promise cuts the prompts into small chunks here
+CALM_ITL_MS = 60_000.0  # no promise cuts the prompts into small chunks here
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,7 @@ def decode_steps(
     # The first of them decode while the last ones' prompts still run: shorter prompts, so that the mean comes out.
     ahead = batch * context // SchedulerConfig().max_chunk
     length = max(context - ahead // 2 - size.warm - size.steps // 2, context // 2)
-    prompts = random_prompts(batch, length, bench.geometry.vocabulary, seed=batch)
-    requests = stand.generate(prompts, 2 * ahead + size.warm + size.steps + 64, adapters)
+    requests = stand.generate(stand.prompts(batch, length), 2 * ahead + size.warm + size.steps + 64, adapters)
     stand.until(lambda: all(stand.tokens[request] for request in requests))
     for _ in range(size.warm):
         stand.step()
@@ -86,7 +86,7 @@ def run(bench: Bench) -> None:
     table.figure("copy_bytes_per_second", bench.copy_rate)
     ours: dict[int, Steps] = {}
     with bench.stand(
-        kv_memory=size.kv_memory, adapter_memory=64 << 20, max_model_len=4 * size.context, slo_itl_ms=_CALM_ITL_MS,
+        kv_memory=size.kv_memory, adapter_memory=64 << 20, max_model_len=4 * size.context, slo_itl_ms=CALM_ITL_MS,
         max_running=max(size.batches),
     ) as stand:  # fmt: skip
         for batch in size.batches:
@@ -135,7 +135,8 @@ def _peer_seconds(
     length = size.context - ahead // 2 - size.steps // 2
     try:
         for number in range(size.rounds):
-            prompts = random_prompts(batch, length, bench.geometry.vocabulary, seed=1000 * batch + number)
+            generator = torch.Generator().manual_seed(1000 * batch + number)
+            prompts = torch.randint(3, bench.geometry.vocabulary, (batch, length), generator=generator).tolist()
             found.append(peer.step_seconds(prompts, 2 * ahead + size.warm + size.steps, size.steps))
     except Exception as error:  # noqa: BLE001 - the peer's failure is a gap in the table
         notes.append(f"transformers' continuous batching, batch {batch}: {error}")

@@ -27,7 +27,7 @@ from coserve.server.wire.messages import AdapterRef
 from gpu_tables.bench import Bench
 from gpu_tables.geometry import SMALL, loaded_model, random_model
 from gpu_tables.orders import write_adapter, write_job
-from gpu_tables.stand import Stand, random_prompts
+from gpu_tables.stand import Stand
 
 RANK = 16
 RATE = 1000.0
@@ -156,7 +156,7 @@ def _undone(before: LoraWeights, after: LoraWeights) -> Gradients:
 
 def _tokens(stand: Stand, oracle: Oracle, size: Size, adapter: AdapterRef | None) -> tuple[float, float]:
     """(worst shortfall of a token, share of tokens that are the oracle's)"""
-    prompts = random_prompts(size.prompts, size.prompt, SMALL.vocabulary, seed=2)
+    prompts = stand.prompts(size.prompts, size.prompt)
     requests = stand.generate(prompts, size.new_tokens, [adapter] * size.prompts)
     stand.until(lambda: all(stand.tokens[request] == size.new_tokens for request in requests))
     worst, equal = 0.0, 0

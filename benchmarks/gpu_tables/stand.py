@@ -64,7 +64,7 @@ class Stand:
         self.texts: dict[str, list[int]] = {}
         self.steps: Counter[str] = Counter()  # by job, as far as they were told to this connection
         self.gauges: dict[str, float] = {}
-        self.prompts_made = 0  # rounds of them: seeds that were not used yet
+        self._rounds = 0  # of prompts
         self._answered: set[int] = set()
         self._ready: EngineReady | None = None
         self.connect()
@@ -72,12 +72,12 @@ class Stand:
     def __enter__(self) -> Stand:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, failure: object, *_: object) -> None:
+        self.close(drain=failure is None)
 
-    def close(self) -> None:
-        """Drained; the model stays, everything else of the engine goes."""
-        if self._ready is not None:
+    def close(self, *, drain: bool = True) -> None:
+        """The model stays, everything else of the engine goes. An engine that has failed is not drained."""
+        if drain:
             self.connect()
             self.send(Drain(0.0))
             self.engine.run()
@@ -183,6 +183,12 @@ class Stand:
             self.send(Generate(ids[-1], "bench", tuple(prompt), params, adapter, "bench", time.monotonic()))
         return ids
 
+    def prompts(self, count: int, length: int) -> list[list[int]]:
+        """Random ones that this engine has not seen, and no two alike, so that no prefix is shared."""
+        self._rounds += 1
+        generator = torch.Generator().manual_seed(self._rounds)
+        return torch.randint(3, self.model.base.vocab_size, (count, length), generator=generator).tolist()
+
     def abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self.send(Abort(request_id))
@@ -200,9 +206,3 @@ class Stand:
         file = self.data_dir / "jobs" / job_id / "events.jsonl"
         records = read_events(file) if file.exists() else ()
         return [record for record in records if record["kind"] in kinds]
-
-
-def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """No two alike, so that no prefix is shared."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, vocabulary, (count, length), generator=generator).tolist()

@@ -169,7 +169,7 @@ def _coserve(arguments: argparse.Namespace, *, save: bool) -> Callable[[Mark], N
         while not sweep.forward_done:
             start = sweep.forward_rows
             end = min(start + arguments.window, sweep.rows)
-            packed = PackedPass([SweepPart(sweep, start, end)])
+            packed = PackedPass([SweepPart(sweep, start, end, model.backend)], model.backend)
             finish_window(sweep, run_packed(model, sweep.ids[start:end], sweep.positions[start:end], packed))
         mark()
         while sweep.head_left:

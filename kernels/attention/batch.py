@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from coserve.kernels.attention.plan import Segment
+from coserve.kernels.transfer import integers
 
 _TILE_ROWS = 64  # query rows times heads of a group that a prefill program holds
 
@@ -62,7 +63,7 @@ def paged_batch(
         [number for tile in prefill for number in tile],
         [number for tile in decode for number in tile],
     ]
-    packed = torch.tensor([n for part in parts for n in part], dtype=torch.int32).to(device, non_blocking=True)
+    packed = integers([n for part in parts for n in part], device)
     on_device = packed.split([len(part) for part in parts])
     return PagedBatch(
         segments=tuple(segments),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coserve.kernels.transfer import integers
+
 
 @dataclass(frozen=True, slots=True)
 class KeySpan:
@@ -48,6 +50,6 @@ def span_batch(spans: Sequence[KeySpan], head_bytes: int, device: torch.device |
         [number for n, s in enumerate(spans) for first in range(0, s.rows, block) for number in (n, first)],
         [number for n, s in enumerate(spans) for first in range(0, s.keys, block) for number in (n, first)],
     ]
-    packed = torch.tensor([n for part in parts for n in part], dtype=torch.int32).to(device, non_blocking=True)
+    packed = integers([n for part in parts for n in part], device)
     table, query_tiles, key_tiles = packed.split([len(part) for part in parts])
     return SpanBatch(table.view(-1, 4), query_tiles.view(-1, 2), key_tiles.view(-1, 2), block)

@@ -244,8 +244,7 @@ def varlen_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) for grad [Hq, T, Dv]; shapes as in `varlen_forward`. Sinks enter through lse only."""
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    delta = (grad.float() * out.float()).sum(-1)  # [Hq, T], of lse's strides
-    lse = lse.contiguous()
+    delta, lse = (grad.float() * out.float()).sum(-1).contiguous(), lse.contiguous()  # [Hq, T], of the same strides
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if len(batch.query_tiles):
         shared = (q, k, v, grad, lse, delta, batch.spans)

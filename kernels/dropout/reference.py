@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coserve.kernels.transfer import to_device
+
 _MASK = 0xFFFFFFFF
 
 
@@ -25,11 +27,12 @@ class RowKeys:
     position: Tensor  # int64 [T] position in that sequence
 
     @staticmethod
-    def of(runs: Sequence[tuple[int, int, int]]) -> RowKeys:
-        """runs: (sequence number, first position, rows)."""
+    def of(runs: Sequence[tuple[int, int, int]], device: torch.device | str = "cpu") -> RowKeys:
+        """runs: (sequence number, first position, rows). One copy to the device, no synchronisation."""
         sequence = torch.cat([torch.full((n,), number, dtype=torch.int64) for number, _, n in runs])
         position = torch.cat([torch.arange(first, first + n, dtype=torch.int64) for _, first, n in runs])
-        return RowKeys(sequence, position)
+        both = to_device(torch.stack([sequence, position]), device)
+        return RowKeys(both[0], both[1])
 
 
 def dropout_rows(x: Tensor, rate: float, step_key: tuple[int, int], module: str, keys: RowKeys) -> Tensor:
@@ -37,7 +40,7 @@ def dropout_rows(x: Tensor, rate: float, step_key: tuple[int, int], module: str,
     seed, step = step_key
     base = _mix_int(_mix_int(seed & _MASK, step), zlib.crc32(module.encode()))
     rows = _mix(_mix(keys.sequence + base) ^ keys.position)
-    columns = torch.arange(x.shape[1], dtype=torch.int64)
+    columns = torch.arange(x.shape[1], dtype=torch.int64, device=keys.position.device)
     uniform = _mix(_mix(rows[:, None] + columns[None, :] * 0x9E3779B1))  # [T, C] in [0, 2**32)
     kept = (uniform >= int(rate * 2**32)).to(x.device)
     return x * kept.to(x.dtype) / (1.0 - rate)

@@ -19,8 +19,11 @@ from coserve.kernels.lora.pages import A, B, PagedTerms
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def paged_lora_add(y: Tensor, x: Tensor, terms: PagedTerms) -> Tensor:
+def paged_lora_add(y: Tensor, x: Tensor, terms: PagedTerms, *, in_place: bool = False) -> Tensor:
     """y [T, sum of out widths] + the terms of x [T, in]; see `coserve.kernels.lora.lora_add`.
+
+    Args:
+        in_place: y may be changed under autograd, too: nobody else needs its values.
 
     Raises:
         ValueError: dtypes differ or are not supported, or the widths are not those of the pages.
@@ -28,7 +31,7 @@ def paged_lora_add(y: Tensor, x: Tensor, terms: PagedTerms) -> Tensor:
     _check(y, x, terms)
     x = _with_unit_stride(_dropped(x, terms) if any(terms.dropout) else x)
     if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or terms.perturbations):
-        return _PagedLora.apply(y, x, terms, *terms.perturbations)
+        return _PagedLora.apply(y, x, terms, in_place, *terms.perturbations)
     _add(y, x, terms)
     return y
 
@@ -36,9 +39,12 @@ def paged_lora_add(y: Tensor, x: Tensor, terms: PagedTerms) -> Tensor:
 class _PagedLora(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, y: Tensor, x: Tensor, terms: PagedTerms, *perturbations: Tensor
+        ctx: Any, y: Tensor, x: Tensor, terms: PagedTerms, in_place: bool, *perturbations: Tensor
     ) -> Tensor:
-        y = y.clone()
+        if in_place:
+            ctx.mark_dirty(y)
+        else:
+            y = y.clone()
         h = _add(y, x, terms)
         ctx.terms = terms
         ctx.save_for_backward(*((x, h) if any(p.requires_grad for p in perturbations) else ()))
@@ -60,7 +66,7 @@ class _PagedLora(torch.autograd.Function):
             if ctx.saved_tensors:
                 x, h = ctx.saved_tensors
                 leaves = _weight_gradients(terms, x, h, rows, g)
-        return dy, dx, None, *leaves
+        return dy, dx, None, None, *leaves
 
 
 def _add(y: Tensor, x: Tensor, terms: PagedTerms) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,17 +31,21 @@ class PageTable:
     scaling: Tensor  # float32 [sites, adapters]
     ranks: tuple[tuple[int, ...], ...]  # [sites][adapters], the host's copy
     widths: tuple[tuple[int, int], ...]  # (in, out) a site, the host's copy
+    _views: dict[tuple[int, int], SitePages] = field(default_factory=dict, repr=False, compare=False)
 
     def at(self, first: int, count: int = 1) -> SitePages:
         """Sites [first, first + count), which read one x; their outputs are neighbouring columns of one y.
 
-        Views of this table: nothing is copied.
+        Views of this table: nothing is copied, and a second call gives the same object.
         """
+        if (first, count) in self._views:
+            return self._views[first, count]
         chosen = slice(first, first + count)
         inputs = {width for width, _ in self.widths[chosen]}
         if len(inputs) != 1:
             raise ValueError(f"sites {first} to {first + count - 1} read inputs of different widths {sorted(inputs)}")
-        return SitePages(self, chosen)
+        self._views[first, count] = SitePages(self, chosen)
+        return self._views[first, count]
 
 
 class SitePages:

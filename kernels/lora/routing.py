@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coserve.kernels.transfer import integers
+
 CHUNK_ROWS = 512  # rows that one program of a weight gradient adds up; longer groups are split and reduced
 
 
@@ -72,7 +74,7 @@ def route(
         chunks += _pieces(adapter, len(rows), len(group), chunk_rows)
         chunk_starts.append(len(chunks) // 3)
         rows += group
-    packed = torch.tensor(rows + blocks + chunks + chunk_starts, dtype=torch.int32).to(device, non_blocking=True)
+    packed = integers(rows + blocks + chunks + chunk_starts, device)
     on_device = packed.split([len(rows), len(blocks), len(chunks), len(chunk_starts)])
     return Routing(
         tuple(ranges), adapters, size,

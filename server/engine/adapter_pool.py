@@ -19,6 +19,8 @@ from torch import Tensor
 
 from coserve.kernels.lora import PageTable
 from coserve.server.engine.kv_cache import BlockAllocator
+from coserve.server.engine.page_tables import PagedSites, PagedTensor, PageTables
+from coserve.server.training.peft.sites import Site
 
 
 class LowRank(Protocol):
@@ -30,6 +32,16 @@ class LowRank(Protocol):
     def b(self) -> Tensor: ...
     @property
     def scaling(self) -> float: ...
+
+
+class PoolUser(Protocol):
+    """What a pool needs to know of a model."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    dtype: torch.dtype
+    device: torch.device
 
 
 Weights = Mapping[str, LowRank]  # site name -> its pair
@@ -51,23 +63,25 @@ class AdapterInUse(RuntimeError):
     """An adapter with requests in flight, or pinned by a training job, cannot be unloaded."""
 
 
-@dataclass(frozen=True, slots=True)
-class _PagedTensor:
-    rows: int
-    width: int
-    pages: tuple[int, ...]
-    where: Tensor  # view [rows, width] of the pool where the pages are consecutive, else int64 page numbers
-    consecutive: bool
-
-
 @dataclass(slots=True)
 class _Resident:
-    sites: dict[str, tuple[_PagedTensor, _PagedTensor, float]]
+    sites: PagedSites
     pages: int
     pinned: bool  # a training copy
     kept: bool = False  # pinned by its tenant
     in_flight: int = 0
     retired: bool = False  # goes with its last request
+
+
+class PooledAdapter:
+    """A resident version, or a training copy, as passes ask for it."""
+
+    def __init__(self, pool: AdapterPool, key: str) -> None:
+        self.pool, self.key = pool, key
+
+    def pair(self, site: Site) -> tuple[Tensor, Tensor, float] | None:
+        """(A [r, in], B [r, out], scaling), as it is while the rows run."""
+        return self.pool.tensors(self.key, site.name)
 
 
 class AdapterPool:
@@ -95,7 +109,12 @@ class AdapterPool:
         # Free pages are zero, from here on and whenever one is given back.
         self._flat = torch.zeros(self.num_pages * page_elements, dtype=dtype, device=device)
         self._allocator = BlockAllocator(self.num_pages)
+        self._tables = PageTables(self._flat, page_elements)
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+
+    @property
+    def device(self) -> torch.device:
+        return self._flat.device
 
     @property
     def pages_free(self) -> int:
@@ -250,36 +269,7 @@ class AdapterPool:
         Raises:
             ValueError: an adapter's pair does not have a site's widths.
         """
-        numbers: list[int] = []
-        index: list[int] = []  # rank, A's list, B's list, ranks before: 4 a site and adapter
-        scaling: list[float] = []
-        ranks = []
-        for site, widths in sites.items():
-            row: list[int] = []
-            for key in keys:
-                a, b, scale = self._residents[key].sites.get(site) or (None, None, 0.0)
-                if a and b and (a.width, b.width) != widths:
-                    raise ValueError(f"{site} is {widths} wide (in, out), the pair of {key} {(a.width, b.width)}")
-                pages = (a.pages, b.pages) if a and b else ((), ())
-                index += (a.rows if a else 0, len(numbers), len(numbers) + len(pages[0]), sum(row))
-                numbers += (*pages[0], *pages[1])
-                scaling.append(scale)
-                row.append(a.rows if a else 0)
-            ranks.append(tuple(row))
-        device, shape = self._flat.device, (len(sites), len(keys))
-        lists = [index, [width for pair in sites.values() for width in pair], numbers]
-        packed = torch.tensor([n for part in lists for n in part], dtype=torch.int32).to(device, non_blocking=True)
-        on_device = packed.split([len(part) for part in lists])
-        return PageTable(
-            flat=self._flat,
-            page_elements=self.page_elements,
-            numbers=on_device[2],
-            index=on_device[0].view(*shape, 4),
-            columns=on_device[1].view(-1, 2),
-            scaling=torch.tensor(scaling, dtype=torch.float32).view(shape).to(device, non_blocking=True),
-            ranks=tuple(ranks),
-            widths=tuple(sites.values()),
-        )
+        return self._tables.table({key: self._residents[key].sites for key in keys}, sites)
 
     def overwrite(self, key: str, site: str, a: Tensor, b: Tensor) -> None:
         """New values for a training copy, of the shapes it was loaded with."""
@@ -308,7 +298,7 @@ class AdapterPool:
                 return
             self._drop(key)
 
-    def _place(self, tensor: Tensor) -> _PagedTensor:
+    def _place(self, tensor: Tensor) -> PagedTensor:
         """Pages for a tensor of this shape, not yet written."""
         rows, width = tensor.shape
         pages = self._allocator.allocate(self._tensor_pages(tensor))
@@ -318,9 +308,9 @@ class AdapterPool:
             where = self._flat[start : start + rows * width].view(rows, width)
         else:
             where = torch.tensor(pages, dtype=torch.int64, device=self._flat.device)
-        return _PagedTensor(rows, width, tuple(pages), where, consecutive)
+        return PagedTensor(rows, width, tuple(pages), where, consecutive)
 
-    def _write(self, stored: _PagedTensor, tensor: Tensor) -> None:
+    def _write(self, stored: PagedTensor, tensor: Tensor) -> None:
         tensor = tensor.detach()
         if stored.consecutive:
             stored.where.copy_(tensor)
@@ -329,7 +319,7 @@ class AdapterPool:
         padded[: tensor.numel()].copy_(tensor.reshape(-1))
         self._flat.view(self.num_pages, -1)[stored.where] = padded.view(len(stored.pages), -1)
 
-    def _read(self, stored: _PagedTensor) -> Tensor:
+    def _read(self, stored: PagedTensor) -> Tensor:
         if stored.consecutive:
             return stored.where
         gathered = self._flat.view(self.num_pages, -1).index_select(0, stored.where)
@@ -342,12 +332,24 @@ class AdapterPool:
 
     def _drop(self, key: str) -> None:
         resident = self._residents.pop(key)
+        self._tables.forget(resident.sites)
         by_page = self._flat.view(self.num_pages, -1)
         for a, b, _ in resident.sites.values():
             for stored in (a, b):
                 for page in stored.pages:
                     by_page[page].zero_()
                     self._allocator.free(page)
+
+
+def pool_of(model: PoolUser, adapters: Sequence[Weights]) -> list[PooledAdapter]:
+    """Training copies in a pool of their own that just holds them."""
+    page_elements = default_page_elements(model.hidden_size)
+    tensors = [t for weights in adapters for pair in weights.values() for t in (pair.a, pair.b)]
+    pages = sum(-(-t.numel() // page_elements) for t in tensors)
+    pool = AdapterPool(pages * page_elements * model.dtype.itemsize, page_elements, model.dtype, model.device)
+    for number, weights in enumerate(adapters):
+        pool.load(str(number), weights, pinned=True, fold_scaling=False)
+    return [PooledAdapter(pool, str(number)) for number in range(len(adapters))]
 
 
 def default_page_elements(hidden_size: int) -> int:

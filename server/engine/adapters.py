@@ -12,29 +12,15 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from coserve.server.engine.adapter_loader import AdapterLoader
-from coserve.server.engine.adapter_pool import AdapterPool, Weights
+from coserve.server.engine.adapter_pool import AdapterPool, PooledAdapter, Weights
 from coserve.server.engine.containment import attempt
 from coserve.server.engine.pins import Pins
 from coserve.server.training.fault import Fault, fault_of
 from coserve.server.training.peft.folder import AdapterError, AdapterUnreadable
-from coserve.server.training.peft.sites import Site
 from coserve.server.wire.messages import AdapterRef
 
 log = logging.getLogger("coserve.engine")
-
-
-class ResidentAdapter:
-    """A version in the pool, as passes ask for it. One object a version, so that neighbouring rows share a product."""
-
-    def __init__(self, pool: AdapterPool, key: str) -> None:
-        self._pool, self._key = pool, key
-        self.pair = self._pair  # one bound method for all, compared by identity
-
-    def _pair(self, site: Site) -> tuple[Tensor, Tensor, float] | None:
-        return self._pool.tensors(self._key, site.name)
 
 
 class AdapterBook:
@@ -42,7 +28,7 @@ class AdapterBook:
 
     def __init__(self, pool: AdapterPool, loader: AdapterLoader, data_dir: Path) -> None:
         self.pool, self._loader, self._data_dir = pool, loader, data_dir
-        self._resident: dict[str, ResidentAdapter] = {}
+        self._resident: dict[str, PooledAdapter] = {}  # one object a version: its neighbouring rows share a product
         self._arrived: dict[str, Weights] = {}  # read from disk, waiting for room
         self._reserved: set[str] = set()
         self.pins = Pins(pool)
@@ -50,9 +36,9 @@ class AdapterBook:
     def ready(self, ref: AdapterRef | None) -> bool:
         return ref is None or ref.digest in self.pool
 
-    def handle(self, ref: AdapterRef) -> ResidentAdapter:
+    def handle(self, ref: AdapterRef) -> PooledAdapter:
         if ref.digest not in self._resident:
-            self._resident[ref.digest] = ResidentAdapter(self.pool, ref.digest)
+            self._resident[ref.digest] = PooledAdapter(self.pool, ref.digest)
         return self._resident[ref.digest]
 
     def acquire(self, ref: AdapterRef) -> None:

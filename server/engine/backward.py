@@ -21,10 +21,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coserve.kernels.attention.training import Attention, MaskCache, Score
-from coserve.kernels.lora import LoraSegment
+from coserve.kernels.attention.training import Score
+from coserve.server.engine.backend import Backend
 from coserve.server.engine.model import BaseModel
-from coserve.server.engine.sweep import JobStep, Sweep
+from coserve.server.engine.sweep import Sweep
 from coserve.server.training.peft.sites import Site
 
 
@@ -32,7 +32,7 @@ def run_backward_unit(model: BaseModel, sweep: Sweep, rows: int) -> None:
     """Do the last `rows` rows that are still to do in the sweep's current layer; ends at the layer's first row."""
     layer, end = sweep.layer, sweep.undone
     start = max(0, end - rows)
-    unit = BackwardPass(sweep, layer, start, end)
+    unit = BackwardPass(sweep, layer, start, end, model.backend)
     with torch.enable_grad():
         call = model.frame.calls(sweep.positions[start:end])[layer]
         y = model.run_layer(layer, unit.x[None], call, unit)[0]
@@ -47,25 +47,25 @@ def run_backward_unit(model: BaseModel, sweep: Sweep, rows: int) -> None:
 class BackwardPass:
     """One (layer, window) unit: stream rows [start, end) through one layer with gradients on."""
 
-    def __init__(self, sweep: Sweep, layer: int, start: int, end: int) -> None:
+    def __init__(self, sweep: Sweep, layer: int, start: int, end: int, backend: Backend) -> None:
         store = sweep.store[layer]
         if store.x is None or store.k is None or store.v is None:
             raise RuntimeError(f"layer {layer} of the sweep has no store")
         self.sweep, self.layer, self.start, self.end = sweep, layer, start, end
-        self.spans = sweep.spans(start, end)
+        spans = sweep.spans(start, end)
         # Below layer 0 stand only frozen embeddings: no gradient is needed there.
         self.x = store.x[start:end].detach().requires_grad_(layer > 0)
-        self.prefixes: dict[int, tuple[Tensor, Tensor]] = {}  # first row of a sequence -> leaves P_K, P_V
-        self.thetas: dict[tuple[int, str], tuple[JobStep, Site, Tensor, Tensor, float]] = {}
+        # Only the window's first sequence can have begun before the window.
+        self.prefix = slice(spans[0].first, start)
+        self.before: tuple[Tensor, Tensor] | None = None  # leaves P_K, P_V
         self.k: Tensor | None = None  # [Hkv, T, D] the window's own keys
         self.v: Tensor | None = None
+        self.adapters = backend.adapters(sweep.adapter_rows(start, end, gradients=True))
         self._store = store
-        self._masks = MaskCache(sweep.dtype, sweep.device)
+        lengths = [span.end - span.start for span in spans]
+        self._spans = backend.span_rows(start - spans[0].first, lengths, sweep.dtype, sweep.device)
 
     # ------------------------------------------------------------------ what the layer's modules ask for
-
-    def segments(self, site: Site) -> list[LoraSegment]:
-        return self.sweep.segments(site, self.start, self.end, self._leaf_pair)
 
     def stored(self, site: Site) -> Tensor | None:
         product = self._store.products.get(site.name)
@@ -76,34 +76,13 @@ class BackwardPass:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
         self.k, self.v = k, v
-        pieces = []
-        for span in self.spans:
-            rows = slice(span.start - self.start, span.end - self.start)
-            keys, values = k[:, rows], v[:, rows]
-            if span.start > span.first:
-                before = slice(span.first, span.start)
-                p_k = self._store.k[:, before].detach().requires_grad_()  # type: ignore[index]
-                p_v = self._store.v[:, before].detach().requires_grad_()  # type: ignore[index]
-                self.prefixes[span.first] = (p_k, p_v)
-                keys, values = torch.cat([p_k, keys], 1), torch.cat([p_v, values], 1)
-            mask = self._masks.get(span.start - span.first, span.end - span.start, score.sliding_window)
-            stored = None
-            if self._store.out is not None and self._store.lse is not None:
-                stored = (self._store.out[:, span.start : span.end], self._store.lse[:, span.start : span.end])
-            out = Attention.apply(q[:, rows], keys, values, mask, score, sinks, stored)
-            pieces.append(out.transpose(0, 1))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def _leaf_pair(self, step: JobStep, site: Site) -> tuple[Tensor, Tensor, float] | None:
-        key = (id(step), site.name)
-        if key not in self.thetas:
-            pair = step.adapter.pair(site)
-            if pair is None:
-                return None
-            a, b, scaling = pair
-            self.thetas[key] = (step, site, a.detach().requires_grad_(), b.detach().requires_grad_(), scaling)
-        _, _, a, b, scaling = self.thetas[key]
-        return a, b, scaling
+        if self.prefix.stop > self.prefix.start:
+            p_k, p_v = self._store.k[:, self.prefix], self._store.v[:, self.prefix]  # type: ignore[index]
+            self.before = p_k.detach().requires_grad_(), p_v.detach().requires_grad_()
+        stored = None
+        if self._store.out is not None and self._store.lse is not None:
+            stored = (self._store.out[:, self.start : self.end], self._store.lse[:, self.start : self.end])
+        return self._spans.differentiable(q, k, v, self.before, score, sinks, stored).transpose(0, 1)
 
     # ------------------------------------------------------------------ the vector-Jacobian product
 
@@ -117,10 +96,8 @@ class BackwardPass:
 
         outputs = [(y, sweep.dy[rows]), (self.k, sweep.dk[:, rows]), (self.v, sweep.dv[:, rows])]
         outputs = [(tensor, seed) for tensor, seed in outputs if tensor.requires_grad]
-        prefixes, thetas = list(self.prefixes.items()), list(self.thetas.values())
         inputs = [self.x] if self.x.requires_grad else []
-        inputs += [leaf for _, pair in prefixes for leaf in pair]
-        inputs += [leaf for theta in thetas for leaf in theta[2:4]]
+        inputs += [*(self.before or ()), *self.adapters.leaves()]
         if not outputs or not inputs:
             return None
         grads = list(torch.autograd.grad(
@@ -128,10 +105,8 @@ class BackwardPass:
         ))  # fmt: skip
 
         dx = grads.pop(0) if self.x.requires_grad else None
-        for first, (p_k, _) in prefixes:
-            before = slice(first, first + p_k.shape[1])
-            sweep.dk[:, before] += grads.pop(0)
-            sweep.dv[:, before] += grads.pop(0)
-        for step, site, *_ in thetas:
-            step.add_gradient(site, grads.pop(0), grads.pop(0))
+        if self.before is not None:
+            sweep.dk[:, self.prefix] += grads.pop(0)
+            sweep.dv[:, self.prefix] += grads.pop(0)
+        self.adapters.accumulate(grads)
         return dx

@@ -10,7 +10,6 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from coserve.scheduler.policy import Scheduler
 from coserve.scheduler.state import (
@@ -23,6 +22,7 @@ from coserve.scheduler.state import (
     Ride,
     SchedulerState,
 )
+from coserve.server.engine.adapter_pool import PooledAdapter, pool_of
 from coserve.server.engine.head import head_steps
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.packing import sweep_state
@@ -30,30 +30,24 @@ from coserve.server.engine.requests import Request, RequestBook
 from coserve.server.engine.runner import YIELDED, Runner
 from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
 from coserve.server.training.fault import OUT_OF_MEMORY
-from coserve.server.training.peft.sites import Site
+from coserve.server.training.peft.lora import LoraPair
 from coserve.server.wire.messages import Generate, SamplingParams
 
 _CONTEXT = 64
 _DECODES = (1, 2, 4, 8, 16)
+_RANK = 16
 _STREAMS = 4  # the promise on a CPU is a multiple of the decode step at this many streams
 _WINDOWS = (16, 64, 256)
 _MOST_SECONDS = 8.0
 
 
-class _ThrowawayAdapter:
+def _throwaway_adapter(model: BaseModel) -> PooledAdapter:
     """Rank 16 at every site, of small random numbers."""
-
-    def __init__(self, model: BaseModel) -> None:
-        self._model, self._pairs = model, dict[str, tuple[Tensor, Tensor]]()
-
-    def pair(self, site: Site) -> tuple[Tensor, Tensor, float]:
-        if site.name not in self._pairs:
-            dtype, device = self._model.dtype, self._model.device
-            a = torch.randn(16, site.in_features, dtype=dtype, device=device)
-            b = torch.randn(16, site.out_features, dtype=dtype, device=device)
-            self._pairs[site.name] = (a * 0.01, b * 0.01)
-        a, b = self._pairs[site.name]
-        return a, b, 1.0
+    weights = {
+        site.name: LoraPair(torch.randn(_RANK, site.in_features) * 0.01, torch.randn(_RANK, site.out_features) * 0.01)
+        for site in model.sites
+    }
+    return pool_of(model, [weights])[0]
 
 
 class Calibration:
@@ -63,6 +57,7 @@ class Calibration:
         self._model, self._runner, self._requests = model, runner, requests
         self._context = max(2, min(_CONTEXT, max_model_len - 16))
         self._rng = np.random.default_rng(0)
+        self._adapter = _throwaway_adapter(model)
         self._observed: list[tuple[Plan, SchedulerState, float, dict[int | str, float]]] = []
 
     def measure(self, window: int) -> float:
@@ -110,7 +105,7 @@ class Calibration:
     def _training(self, rows: int) -> None:
         """A window of a sweep: as a ride, then head units, and the backward of the two uppermost layers."""
         ids = self._rng.integers(3, self._model.vocab_size, rows)
-        step = JobStep("calibration", _ThrowawayAdapter(self._model), max(rows - 1, 1))
+        step = JobStep("calibration", self._adapter, max(rows - 1, 1))
         for ride in (True, False):
             sweep = Sweep([TrainSequence(step, ids, ids)], layers=self._model.layer_count, dtype=self._model.dtype,
                           device=self._model.device, save=True)  # fmt: skip

@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coserve.kernels.attention.training import MaskCache, Score, attention_forward
-from coserve.kernels.lora import LoraSegment
+from coserve.kernels.attention.training import Score
+from coserve.server.engine.backend import AdapterRows, Backend
 from coserve.server.engine.model import BaseModel
-from coserve.server.engine.sweep import Sweep, pool_pair
+from coserve.server.engine.sweep import Sweep
 from coserve.server.training.peft.sites import Site
 
 
@@ -24,10 +24,10 @@ class Part(Protocol):
     """A run of rows [row, row + rows) of a packed pass."""
 
     rows: int
-    adapted: bool  # whether any row uses an adapter
     keeps_products: bool  # whether `keep_product` does anything
 
-    def segments(self, site: Site, row: int) -> list[LoraSegment]: ...
+    def adapter_rows(self, row: int) -> list[AdapterRows]:
+        """Whose adapters its rows use, where they stand from `row` on."""
 
     def keep_input(self, layer: int, x: Tensor) -> None:
         """x [rows, H], the input of `layer`."""
@@ -42,18 +42,15 @@ class Part(Protocol):
 class PackedPass:
     """Several parts in one pass, without gradients."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], backend: Backend) -> None:
         self.parts = [part for part in parts if part.rows]
         starts = [0]
         for part in self.parts:
             starts.append(starts[-1] + part.rows)
         self._placed = list(zip(self.parts, starts[:-1], starts[1:], strict=True))
-        self._adapted = [(part, start) for part, start, _ in self._placed if part.adapted]
         self._keeping = [placed for placed in self._placed if placed[0].keeps_products]
         self.rows = starts[-1]
-
-    def segments(self, site: Site) -> list[LoraSegment]:
-        return [segment for part, start in self._adapted for segment in part.segments(site, start)]
+        self.adapters = backend.adapters([r for part, start, _ in self._placed for r in part.adapter_rows(start)])
 
     def stored(self, site: Site) -> Tensor | None:
         return None
@@ -77,15 +74,17 @@ class PackedPass:
 class SweepPart:
     """Stream rows [start, end) of a sweep going forward."""
 
-    def __init__(self, sweep: Sweep, start: int, end: int) -> None:
+    def __init__(self, sweep: Sweep, start: int, end: int, backend: Backend) -> None:
         self.sweep, self.start, self.end = sweep, start, end
         self.rows = end - start
-        self.adapted, self.keeps_products = True, sweep.save and sweep.backward
-        self._spans = sweep.spans(start, end)
-        self._masks = MaskCache(sweep.dtype, sweep.device)
+        self.keeps_products = sweep.save and sweep.backward
+        spans = sweep.spans(start, end)
+        self._first_key = spans[0].first
+        lengths = [span.end - span.start for span in spans]
+        self._spans = backend.span_rows(start - self._first_key, lengths, sweep.dtype, sweep.device)
 
-    def segments(self, site: Site, row: int) -> list[LoraSegment]:
-        return self.sweep.segments(site, self.start, self.end, pool_pair, row)
+    def adapter_rows(self, row: int) -> list[AdapterRows]:
+        return self.sweep.adapter_rows(self.start, self.end, row=row)
 
     def keep_input(self, layer: int, x: Tensor) -> None:
         self.sweep.keep_input(layer, self.start, x)
@@ -98,16 +97,11 @@ class SweepPart:
         store = self.sweep.store[layer]
         if store.k is None or store.v is None:
             raise RuntimeError("keys were not kept")
-        pieces = []
-        for span in self._spans:
-            rows = slice(span.start - self.start, span.end - self.start)
-            seen = slice(span.first, span.end)
-            mask = self._masks.get(span.start - span.first, span.end - span.start, score.sliding_window)
-            out, lse = attention_forward(q[:, rows], store.k[:, seen], store.v[:, seen], mask, score, sinks)
-            if self.keeps_products:
-                self.sweep.keep_attention(layer, span.start, out, lse)
-            pieces.append(out.transpose(0, 1))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        seen = slice(self._first_key, self.end)
+        out, lse = self._spans.forward(q, store.k[:, seen], store.v[:, seen], score, sinks)
+        if self.keeps_products:
+            self.sweep.keep_attention(layer, self.start, out, lse)
+        return out.transpose(0, 1)
 
 
 @torch.no_grad()
@@ -130,8 +124,7 @@ def run_sweep_layers(model: BaseModel, sweep: Sweep, rows: int, layers: int) -> 
     start = sweep.forward_rows
     fresh = sweep.partial_rows == 0
     end = start + (rows if fresh else sweep.partial_rows)
-    part = SweepPart(sweep, start, end)
-    packed = PackedPass([part])
+    packed = PackedPass([SweepPart(sweep, start, end, model.backend)], model.backend)
     if fresh:
         x, calls = model.frame.begin(sweep.ids[start:end], sweep.positions[start:end])
         packed.keep_input(0, x[0])

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from coserve.server.engine.attention import ATTENTION_NAME, UnsupportedModel, register
+from coserve.server.engine.backend import Backend, choose_backend
 from coserve.server.engine.memory import memory_problem
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.options import EngineOptions
@@ -53,13 +54,15 @@ def load_model(options: EngineOptions) -> LoadedModel:
     if config_values.get("quantization_config"):
         raise ModelRefused(f"{folder}: the weights are quantised; convert the model to plain safetensors first")
     dtype, device = options.torch_dtype(), options.torch_device()
+    backend = _backend(folder, config, options)
     # Packed products keep a blocked copy of each weight, and one of its transpose.
     copies = 3 if packing_available(dtype, device) else 1
     problem = memory_problem(_elements(weights) * dtype.itemsize * copies, config, dtype, options)
     if problem is not None:
         raise ModelRefused(f"{folder}: {problem}")
     try:
-        probe(config)
+        # Plain torch says the same on every device; kernels are tried where they will run.
+        probe(config, backend, device if backend.name == "triton" else "cpu")
     except UnsupportedModel as error:
         raise ModelRefused(f"{folder}: this model ({config.model_type}) is not supported: {error}") from error
     digest = _digest(folder, weights)
@@ -68,7 +71,7 @@ def load_model(options: EngineOptions) -> LoadedModel:
             folder, config=config, dtype=dtype, attn_implementation=ATTENTION_NAME, local_files_only=True,
             use_safetensors=True,
         )  # fmt: skip
-        base = BaseModel(model.to(device))
+        base = BaseModel(model.to(device), backend=backend)
     except (UnsupportedModel, ValueError, OSError, SafetensorError, RuntimeError) as error:
         raise ModelRefused(f"{folder}: the model cannot be loaded: {_line(error)}") from error
     longest = getattr(config, "max_position_embeddings", None) or 4096
@@ -76,6 +79,21 @@ def load_model(options: EngineOptions) -> LoadedModel:
     if chosen > longest:
         raise ModelRefused(f"--max-model-len {chosen} is over the {longest} positions this model was made for")
     return LoadedModel(base, digest, str(config.model_type), int(chosen))
+
+
+def _backend(folder: Path, config: Any, options: EngineOptions) -> Backend:
+    try:
+        backend = choose_backend(options.kernels, options.torch_dtype(), options.torch_device())
+    except ValueError as error:
+        raise ModelRefused(f"{folder}: {error}") from error
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    head = int(getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) or 0) // max(heads, 1))
+    if backend.largest_head is not None and head > backend.largest_head:
+        raise ModelRefused(
+            f"{folder}: its attention heads have {head} values and the kernels take at most {backend.largest_head}; "
+            "serve it with kernels: torch, which is slower"
+        )
+    return backend
 
 
 def _folder(model: str) -> Path:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from coserve.kernels.attention.training import Score
-from coserve.kernels.lora import LoraSegment, lora_add
 from coserve.server.engine.attention import UnsupportedModel
+from coserve.server.engine.backend import Backend, choose_backend
 from coserve.server.engine.frame import Frame, LayerCall
+from coserve.server.engine.linears import AdapterLinear, Binding, LinearGroup, RowsOfPass
 from coserve.server.engine.product import FrozenProduct, packing_available
 from coserve.server.engine.siblings import sibling_linears
 from coserve.server.training.peft.sites import Site
@@ -24,81 +25,11 @@ from coserve.server.training.peft.sites import Site
 _SLICE_ROWS = 16384  # vocabulary rows of one slice of the head
 
 
-class Pass(Protocol):
+class Pass(RowsOfPass, Protocol):
     """The rows of one layer call, as the modules inside the layer need to know them."""
-
-    def segments(self, site: Site) -> Sequence[LoraSegment]:
-        """The adapters of the rows at this linear layer."""
-
-    def stored(self, site: Site) -> Tensor | None:
-        """The frozen product of these rows, if it was kept by an earlier pass: [T, out]."""
-
-    def keep(self, site: Site, product: Tensor) -> None:
-        """Offered the frozen product [T, out], before the adapters' terms are added."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
         """See `coserve.server.engine.attention.AttentionPass`."""
-
-
-class _Binding:
-    """Holds the pass of the layer call under way, for the linear layers that get no keyword arguments."""
-
-    def __init__(self) -> None:
-        self.current: Pass | None = None
-
-    @property
-    def current_pass(self) -> Pass:
-        if self.current is None:
-            raise RuntimeError("a linear layer was called outside of a pass")
-        return self.current
-
-
-class LinearGroup:
-    """Linear layers that are given the same rows: the first one called computes the product of all."""
-
-    def __init__(self, product: FrozenProduct, sites: Sequence[Site], binding: _Binding) -> None:
-        self.sites, self._product, self._binding = tuple(sites), product, binding
-        self._input: tuple[Tensor, int] | None = None  # the rows at hand, and their version when they were read
-        self._results: dict[int, Tensor] = {}  # what was computed of them and not taken yet
-
-    def result(self, member: int, x: Tensor) -> Tensor:
-        """x [1, T, in] -> rows [T, out] of that member, before the adapters' terms."""
-        known = self._input is not None and self._input[0] is x and self._input[1] == x._version
-        if not known or member not in self._results:
-            self._compute(x)
-        y = self._results.pop(member)
-        if not self._results:
-            self._input = None
-        return y
-
-    def _compute(self, x: Tensor) -> None:
-        rows = x.reshape(-1, self.sites[0].in_features)
-        stored = [self._binding.current_pass.stored(site) for site in self.sites]
-        known = [part for part in stored if part is not None]
-        self._results = dict(enumerate(self._product(rows, known if len(known) == len(stored) else None)))
-        self._input = (x, x._version)
-
-
-class AdapterLinear(nn.Module):
-    """A frozen linear layer to whose rows the pass's adapters are added."""
-
-    def __init__(self, group: LinearGroup, member: int, weight: Tensor, binding: _Binding) -> None:
-        super().__init__()
-        self.site = group.sites[member]
-        self._group, self._member, self._binding = group, member, binding
-        self.in_features, self.out_features = self.site.in_features, self.site.out_features
-        # Some modeling code looks at shape, dtype and device of a weight. Its values are in the group's product.
-        self.weight = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[1, T, in] -> [1, T, out]"""
-        current = self._binding.current_pass
-        y = self._group.result(self._member, x)
-        current.keep(self.site, y)
-        segments = current.segments(self.site)
-        if segments:
-            y = lora_add(y, x.reshape(-1, self.in_features), segments)
-        return y.view(*x.shape[:-1], self.out_features)
 
 
 class Head(nn.Module):
@@ -144,7 +75,8 @@ class BaseModel:
     for structures that cannot be run exactly.
     """
 
-    def __init__(self, model: Any, *, training: bool = True) -> None:
+    def __init__(self, model: Any, *, training: bool = True, backend: Backend | None = None) -> None:
+        """`backend`: None chooses by the model's device and dtype."""
         self.hf = model.eval().requires_grad_(False)
         self.config = model.config
         self.base_name = model.base_model_prefix
@@ -155,7 +87,10 @@ class BaseModel:
         _refuse_dynamic_rope(self.config)
         first = next(model.parameters())
         self.dtype, self.device = first.dtype, first.device
-        self._binding = _Binding()
+        self.backend = backend or choose_backend("auto", self.dtype, self.device)
+        self.backend.prepare(model)
+        self._binding = Binding()
+        self._layout: dict[str, tuple[int, int]] = {}
         siblings = sibling_linears(Frame(model, self.base_name, "layers"), self.layers)
         self.sites: tuple[Site, ...] = tuple(self._wrap_linears(siblings, training))
         self.head = self._wrap_head(training)
@@ -215,10 +150,12 @@ class BaseModel:
                 unused = ", ".join(sorted(set(linears) - called))
                 raise UnsupportedModel(f"layer {index} does not always use its linear layers ({unused})")
             for names in siblings[index]:
-                group = LinearGroup(self._product([linears[name] for name in names], training),
-                                    [of_name[name] for name in names], self._binding)  # fmt: skip
+                product = self._product([linears[name] for name in names], training)
+                members, first = [of_name[name] for name in names], len(self._layout)
+                self._layout.update((site.name, (site.in_features, site.out_features)) for site in members)
+                group = LinearGroup(product, members, self._layout, first, self._binding)
                 for member, name in enumerate(names):
-                    layer.set_submodule(name, AdapterLinear(group, member, linears[name].weight, self._binding))
+                    layer.set_submodule(name, AdapterLinear(group, member, linears[name].weight))
             sites += of_name.values()
         return sites
 

@@ -34,6 +34,7 @@ class EngineOptions:
     slo_itl_ms: float | None = None
     train_window: int | None = None
     activations: str = "auto"
+    kernels: str = "auto"  # see `backend.choose_backend`
     log_level: str = "info"
 
     @staticmethod

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coserve.server.engine.adapter_pool import PooledAdapter, pool_of
 from coserve.server.engine.attention import ATTENTION_NAME, UnsupportedModel, register
+from coserve.server.engine.backend import Backend
 from coserve.server.engine.backward import run_backward_unit
 from coserve.server.engine.forward import PackedPass, run_packed, run_sweep_layers
 from coserve.server.engine.generation import GenerationPart, RowRun
@@ -34,18 +37,18 @@ _RANKS = (2, 3)
 _LENGTHS = ((21, 13), (5, 17))  # sequences of the two adapters; longer than the sliding window
 
 
-def probe(config: Any) -> None:
-    """Raises UnsupportedModel with what deviates."""
+def probe(config: Any, backend: Backend | None = None, device: torch.device | str = "cpu") -> None:
+    """Raises UnsupportedModel with what deviates. `backend`: what will serve the model; None is plain torch."""
     register()
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(0)
         small = _shrink(config)
-        reference = _reference_model(small)
+        reference = _reference_model(small).to(device)
         served = copy.deepcopy(reference)
         served.config._attn_implementation = ATTENTION_NAME
-        base = BaseModel(served)
-        adapters = [_RandomAdapter(base.sites, rank, seed) for seed, rank in enumerate(_RANKS)]
+        base = BaseModel(served, backend=backend)
+        adapters = _random_adapters(base)
         _check_generation(base, reference, adapters[0])
         _check_training(base, reference, adapters)
     except UnsupportedModel:
@@ -92,28 +95,37 @@ def _reference_model(config: Any) -> Any:
     return model
 
 
-class _RandomAdapter:
-    def __init__(self, sites: tuple[Site, ...], rank: int, seed: int) -> None:
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    a: Tensor  # [r, in]
+    b: Tensor  # [r, out]
+    scaling: float = 0.5
+
+
+def _random_adapters(base: BaseModel) -> list[PooledAdapter]:
+    """One of each rank, in a pool that just holds them."""
+    weights = []
+    for seed, rank in enumerate(_RANKS):
         g = torch.Generator().manual_seed(10 + seed)
-        self.pairs = {
-            s.name: (
+        weights.append({
+            s.name: _Pair(
                 torch.randn(rank, s.in_features, generator=g) / s.in_features**0.5,
                 torch.randn(rank, s.out_features, generator=g) * 0.3,
             )
-            for s in sites
-        }
-
-    def pair(self, site: Site) -> tuple[Tensor, Tensor, float]:
-        return (*self.pairs[site.name], 0.5)
+            for s in base.sites
+        })  # fmt: skip
+    return pool_of(base, weights)
 
 
 class _PlainLora:
     """The reference: LoRA terms added by forward hooks to the model's own linear layers."""
 
-    def __init__(self, model: nn.Module, adapter: _RandomAdapter) -> None:
-        self.leaves = {
-            name: (a.clone().requires_grad_(), b.clone().requires_grad_()) for name, (a, b) in adapter.pairs.items()
-        }
+    def __init__(self, model: nn.Module, adapter: PooledAdapter, sites: tuple[Site, ...]) -> None:
+        self.leaves: dict[str, tuple[Tensor, Tensor]] = {}
+        for site in sites:
+            pair = adapter.pair(site)
+            if pair is not None:
+                self.leaves[site.name] = (pair[0].clone().requires_grad_(), pair[1].clone().requires_grad_())
         self._handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.leaves]
 
     def _hook(self, name: str) -> Callable[..., Tensor]:
@@ -128,11 +140,11 @@ class _PlainLora:
             handle.remove()
 
 
-def _check_generation(base: BaseModel, reference: nn.Module, adapter: _RandomAdapter) -> None:
+def _check_generation(base: BaseModel, reference: nn.Module, adapter: PooledAdapter) -> None:
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, _VOCABULARY, n).tolist() for n in (19, 11)]
     size = 4
-    cache = KVCache(layer_shapes(base), 16, size, torch.float32)
+    cache = KVCache(layer_shapes(base), 16, size, torch.float32, base.device)
     blocks = [[7, 2, 9, 4, 5], [0, 12, 3]]
     done = [0, 0]
     got: list[list[Tensor]] = [[], []]
@@ -140,25 +152,25 @@ def _check_generation(base: BaseModel, reference: nn.Module, adapter: _RandomAda
         runs, ids = [], []
         for i, rows in enumerate(chunks):
             if rows:
-                runs.append(RowRun(rows, done[i] + rows, blocks[i], adapter.pair if i == 0 else None))
+                runs.append(RowRun(rows, done[i] + rows, blocks[i], adapter if i == 0 else None))
                 ids += prompts[i][done[i] : done[i] + rows]
-        part = GenerationPart(runs, cache)
-        out = run_packed(base, torch.tensor(ids), part.positions, PackedPass([part]))
+        part = GenerationPart(runs, cache, base.backend)
+        out = run_packed(base, torch.tensor(ids, device=base.device), part.positions, PackedPass([part], base.backend))
         logits = base.logits(out)
         row = 0
         for i, rows in enumerate(chunks):
             got[i].append(logits[row : row + rows])
             row, done[i] = row + rows, done[i] + rows
     for i, prompt in enumerate(prompts):
-        lora = _PlainLora(reference, adapter) if i == 0 else None
+        lora = _PlainLora(reference, adapter, base.sites) if i == 0 else None
         with torch.no_grad():
-            expected = reference(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
+            expected = reference(input_ids=torch.tensor([prompt], device=base.device), use_cache=False).logits[0]
         if lora:
             lora.remove()
         _compare("the logits of packed requests", torch.cat(got[i]), expected)
 
 
-def _check_training(base: BaseModel, reference: nn.Module, adapters: list[_RandomAdapter]) -> None:
+def _check_training(base: BaseModel, reference: nn.Module, adapters: list[PooledAdapter]) -> None:
     rng = np.random.default_rng(3)
     rows = [[rng.integers(3, _VOCABULARY, n) for n in lengths] for lengths in _LENGTHS]
     steps = [JobStep(f"job{i}", adapter, sum(len(ids) - 1 for ids in rows[i])) for i, adapter in enumerate(adapters)]
@@ -171,15 +183,15 @@ def _check_training(base: BaseModel, reference: nn.Module, adapters: list[_Rando
     while not sweep.done:
         run_backward_unit(base, sweep, 9)
     for i, step in enumerate(steps):
-        lora = _PlainLora(reference, adapters[i])
-        loss = torch.zeros(())
+        lora = _PlainLora(reference, adapters[i], base.sites)
+        loss = torch.zeros((), device=base.device)
         for ids in rows[i]:
-            targets = torch.from_numpy(ids)
+            targets = torch.from_numpy(ids).to(base.device)
             logits = reference(input_ids=targets[None], use_cache=False).logits[0, :-1].float()
             loss = loss + nn.functional.cross_entropy(logits, targets[1:], reduction="sum")
         (loss / step.loss_tokens).backward()
         lora.remove()
-        _compare("the training loss", torch.tensor(step.loss_sum), loss.detach())
+        _compare("the training loss", torch.tensor(step.loss_sum), loss.detach().cpu())
         for name, leaves in lora.leaves.items():
             for leaf, gradient in zip(leaves, step.grads[name], strict=True):
                 if leaf.grad is None:

@@ -52,6 +52,12 @@ class FrozenProduct:
             return tuple(_Product.apply(x, self, stored))
         return self.split(self.forward(x)) if stored is None else tuple(stored)
 
+    def joined(self, x: Tensor, stored: Sequence[Tensor] | None = None) -> Tensor:
+        """The same as one tensor [..., Σ out], which nobody else holds: the caller may change it in place."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Joined.apply(x, self, stored)
+        return self.forward(x) if stored is None else torch.cat(list(stored), -1)
+
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
         """[..., Σ out] -> one view [..., out_i] a weight."""
         return (y,) if len(self.widths) == 1 else y.split(self.widths, -1)
@@ -76,6 +82,19 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return ctx.product.input_gradient(grads[0] if len(grads) == 1 else torch.cat(grads, -1)), None, None
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, product: FrozenProduct, stored: Sequence[Tensor] | None
+    ) -> Tensor:
+        ctx.product = product
+        return product.joined(x, stored)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.product.input_gradient(grad), None, None
 
 
 def packing_available(dtype: torch.dtype, device: torch.device) -> bool:

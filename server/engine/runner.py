@@ -138,12 +138,13 @@ class Runner:
         if not scheduled and not rides:
             return
         runs = [self._row_run(request, rows) for request, rows in scheduled]
-        generation = GenerationPart(runs, self._cache)
-        parts = [SweepPart(s, s.forward_rows, s.forward_rows + rows) for s, rows in rides]
+        backend = self.model.backend
+        generation = GenerationPart(runs, self._cache, backend)
+        parts = [SweepPart(s, s.forward_rows, s.forward_rows + rows, backend) for s, rows in rides]
         ids = [torch.tensor(self._token_ids(scheduled), dtype=torch.int64, device=self.model.device)]
         ids += [part.sweep.ids[part.start : part.end] for part in parts]
         positions = [generation.positions] + [part.sweep.positions[part.start : part.end] for part in parts]
-        packed = PackedPass([generation, *parts])
+        packed = PackedPass([generation, *parts], backend)
         hidden = run_packed(self.model, torch.cat(ids), torch.cat(positions), packed)
         readings = self._read(scheduled, hidden[: generation.rows], outcome)
         row = generation.rows
@@ -180,8 +181,8 @@ class Runner:
             raise RuntimeError(f"{request.id} has no blocks")
         self._requests.blocks.grow(request.blocks, rows)
         adapter = request.message.adapter
-        pair = None if adapter is None else self._adapters.handle(adapter).pair
-        return RowRun(rows, request.computed + rows, request.blocks.blocks, pair)
+        handle = None if adapter is None else self._adapters.handle(adapter)
+        return RowRun(rows, request.computed + rows, request.blocks.blocks, handle)
 
     @staticmethod
     def _token_ids(scheduled: list[tuple[Request, int]]) -> list[int]:

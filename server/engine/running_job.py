@@ -7,26 +7,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from coserve.server.engine.adapter_pool import AdapterPool
+from coserve.server.engine.adapter_pool import AdapterPool, PooledAdapter
 from coserve.server.engine.packing import split_batch
 from coserve.server.engine.sweep import JobStep, TrainSequence
 from coserve.server.training.batches import Batch
 from coserve.server.training.job import TrainingJob
-from coserve.server.training.peft.sites import Site
 
 _LEAN_PARTS = 4  # of a step whose memory ran out
-
-
-class TrainingCopy:
-    """A job's adapter in the pool, as it is while the step's tokens run."""
-
-    def __init__(self, pool: AdapterPool, key: str) -> None:
-        self._pool, self._key = pool, key
-
-    def pair(self, site: Site) -> tuple[Tensor, Tensor, float] | None:
-        return self._pool.tensors(self._key, site.name)
 
 
 @dataclass(slots=True)
@@ -60,7 +47,7 @@ class RunningJob:
             raise RuntimeError(f"job {self.job_id} is not open")
         adapter = self.job.spec.adapter
         step = JobStep(
-            self.job_id, TrainingCopy(pool, self.key), batch.loss_tokens, dropout=adapter.dropout,
+            self.job_id, PooledAdapter(pool, self.key), batch.loss_tokens, dropout=adapter.dropout,
             dropout_key=(self.job.spec.seed, batch.step),
         )  # fmt: skip
         sequences = [TrainSequence(step, row.input_ids, row.labels, row.sequence) for row in batch.rows]

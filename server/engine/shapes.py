@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from coserve.kernels.attention.training import Score
-from coserve.kernels.lora import LoraSegment
+from coserve.server.engine.backend import AdapterTerms
 from coserve.server.engine.kv_cache import LayerShape
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.siblings import OneRow
@@ -16,11 +16,9 @@ from coserve.server.training.peft.sites import Site
 class _ShapePass(OneRow):
     """A pass of one row whose attention reads only the row itself, and notes the shapes it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: AdapterTerms) -> None:
+        self.adapters = adapters
         self.shapes: dict[int, LayerShape] = {}
-
-    def segments(self, site: Site) -> list[LoraSegment]:
-        return []
 
     def stored(self, site: Site) -> Tensor | None:
         return None
@@ -36,7 +34,7 @@ class _ShapePass(OneRow):
 @torch.no_grad()
 def layer_shapes(model: BaseModel) -> list[LayerShape]:
     """One entry a layer; raises RuntimeError for a layer without attention of the usual kind."""
-    current = _ShapePass()
+    current = _ShapePass(model.backend.adapters([]))
     zero = torch.zeros(1, dtype=torch.int64, device=model.device)
     x, calls = model.frame.begin(zero, zero)
     for layer, call in enumerate(calls):

@@ -12,25 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from coserve.kernels.dropout import RowKeys, dropout_rows
-from coserve.kernels.lora import LoraSegment
+from coserve.server.engine.backend import Adapter, AdapterRows, Dropout
 from coserve.server.training.peft.sites import Site
 
 if TYPE_CHECKING:
     from coserve.server.engine.head import HeadBatch
-
-
-class TrainingAdapter(Protocol):
-    """The training copy of a job's adapter."""
-
-    def pair(self, site: Site) -> tuple[Tensor, Tensor, float] | None:
-        """(A [r, in], B [r, out], scaling) at the rounded weights, or None where the adapter has no term."""
 
 
 @dataclass(slots=True)
@@ -38,7 +31,7 @@ class JobStep:
     """One optimizer step (or evaluation) of one job, while its sequences are in sweeps."""
 
     job_id: str
-    adapter: TrainingAdapter
+    adapter: Adapter  # the training copy, at the rounded weights
     loss_tokens: int  # label-bearing tokens of the whole step, fixed before its first head unit
     dropout: float = 0.0
     dropout_key: tuple[int, int] = (0, 0)  # (job seed, step)
@@ -166,21 +159,15 @@ class Sweep:
             found.append(Span(sequence, first, max(start, first), min(end, first + len(sequence.input_ids))))
         return found
 
-    def segments(self, site: Site, start: int, end: int, pairs: PairSource, row: int = 0) -> list[LoraSegment]:
-        """The LoRA segments of stream rows [start, end) that stand from `row` on in a pass, one a job."""
-        segments: list[LoraSegment] = []
-        for steps_spans in _by_step(self.spans(start, end)):
-            step = steps_spans[0].sequence.step
-            pair = pairs(step, site)
-            if pair is None:
-                continue
-            a, b, scaling = pair
-            drop = None
-            if step.dropout and self.backward:
-                drop = _dropout_of(step, site, steps_spans)
-            first, last = steps_spans[0].start, steps_spans[-1].end
-            segments.append(LoraSegment(row + first - start, row + last - start, a, b, scaling, drop))
-        return segments
+    def adapter_rows(self, start: int, end: int, *, row: int = 0, gradients: bool = False) -> list[AdapterRows]:
+        """Whose adapters stream rows [start, end) use, one entry a job, where they stand from `row` on in a pass."""
+        found = []
+        for spans in _by_step(self.spans(start, end)):
+            step = spans[0].sequence.step
+            drop = _dropout_of(step, spans, self.device) if step.dropout and self.backward else None
+            rows = (row + spans[0].start - start, row + spans[-1].end - start)
+            found.append(AdapterRows(*rows, step.adapter, drop, step.add_gradient if gradients else None))
+        return found
 
     # ------------------------------------------------------------------ storing
 
@@ -270,17 +257,6 @@ class Sweep:
         self._lay_out()
 
 
-class PairSource(Protocol):
-    """Where a pass takes a job's (A, B, scaling) from: the pool's pages, or leaves with gradients on them."""
-
-    def __call__(self, step: JobStep, site: Site) -> tuple[Tensor, Tensor, float] | None: ...
-
-
-def pool_pair(step: JobStep, site: Site) -> tuple[Tensor, Tensor, float] | None:
-    """The pair as it lies in the adapter pool."""
-    return step.adapter.pair(site)
-
-
 def _by_step(spans: list[Span]) -> list[list[Span]]:
     groups: list[list[Span]] = []
     for span in spans:
@@ -295,6 +271,10 @@ def _rows(t: Tensor | None, index: Tensor, dim: int) -> Tensor | None:
     return None if t is None else t.index_select(dim, index)
 
 
-def _dropout_of(step: JobStep, site: Site, spans: list[Span]) -> Callable[[Tensor], Tensor]:
-    keys = RowKeys.of([(s.sequence.number, s.start - s.first, s.end - s.start) for s in spans])
-    return lambda x: dropout_rows(x, step.dropout, step.dropout_key, site.name, keys)
+def _dropout_of(step: JobStep, spans: list[Span], device: torch.device) -> Callable[[Site], Dropout]:
+    keys = RowKeys.of([(s.sequence.number, s.start - s.first, s.end - s.start) for s in spans], device)
+
+    def at(site: Site) -> Dropout:
+        return lambda x: dropout_rows(x, step.dropout, step.dropout_key, site.name, keys)
+
+    return at

@@ -97,11 +97,11 @@ class HeldAdapter:
         return None if found is None else (*found, self.scaling)
 
 
-def engine_model(architecture: str, dtype: torch.dtype) -> BaseModel:
+def engine_model(architecture: str, dtype: torch.dtype, *, backend=None, device: str = "cpu") -> BaseModel:
     register()
     model = tiny_model(architecture, dtype=dtype, attention="eager" if architecture == "gemma2" else "sdpa")
     model.config._attn_implementation = ATTENTION_NAME
-    return BaseModel(copy.deepcopy(model))
+    return BaseModel(copy.deepcopy(model).to(device), backend=backend)
 
 
 def new_step(job_id: str, oracle: PeftOracle, rows: list[Row]) -> JobStep:
@@ -127,9 +127,11 @@ def run_sweep(
         turn += 1
         if layers is None:
             end = sweep.forward_rows + window
-            part = SweepPart(sweep, sweep.forward_rows, end)
+            part = SweepPart(sweep, sweep.forward_rows, end, model.backend)
             rows = slice(sweep.forward_rows, end)
-            finish_window(sweep, run_packed(model, sweep.ids[rows], sweep.positions[rows], PackedPass([part])))
+            finish_window(
+                sweep, run_packed(model, sweep.ids[rows], sweep.positions[rows], PackedPass([part], model.backend))
+            )
         else:
             target = sweep.forward_rows + window
             while sweep.forward_rows < target:

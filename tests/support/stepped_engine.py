@@ -49,11 +49,14 @@ class SentMessages(EngineSocket):
 class SteppedEngine:
     """Llama at toy size in float32. Bytes of the pool, blocks of 16 tokens."""
 
-    def __init__(self, data_dir: Path, *, blocks: int = 64, pool_bytes: int = 2**20, **options: Any) -> None:
+    def __init__(
+        self, data_dir: Path, *, blocks: int = 64, pool_bytes: int = 2**20, architecture: str = "llama",
+        backend: Any = None, device: Any = "cpu", **options: Any,
+    ) -> None:  # fmt: skip
         self.data_dir = data_dir
-        self.model = model = engine_model("llama", torch.float32)
+        self.model = model = engine_model(architecture, torch.float32, backend=backend, device=device)
         self.socket = SentMessages(str(data_dir / "e.sock"))
-        self.pool = AdapterPool(pool_bytes, 8 * model.hidden_size, torch.float32)
+        self.pool = AdapterPool(pool_bytes, 8 * model.hidden_size, torch.float32, device)
         loader = AdapterLoader(lambda path: read_folder(path, model.sites, DIGEST)[1], 0)
         self.adapters = AdapterBook(self.pool, loader, data_dir)
         self.requests = RequestBook(BlockManager(blocks, 16), 1.0, 1.0)
@@ -64,7 +67,7 @@ class SteppedEngine:
         self.intake = Intake(
             self.socket, lambda: None, self.requests, self.adapters, self.trainer, checks, iterations, 512
         )
-        cache = KVCache(layer_shapes(model), blocks, 16, torch.float32)
+        cache = KVCache(layer_shapes(model), blocks, 16, torch.float32, device)
         stats = StatsClock(self.socket, self.requests, self.trainer, self.pool, iterations, dict)
         self.engine = Engine(
             self.socket, self.intake, self.requests, self.adapters, self.trainer,

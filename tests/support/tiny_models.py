@@ -40,12 +40,21 @@ ARCHITECTURES: dict[str, dict] = {
 }  # fmt: skip
 
 
+# "llama:mini": for Triton's interpreter, which takes a millisecond for what a GPU does in none.
+MINI = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2,
+        "num_key_value_heads": 1}  # fmt: skip
+MINI_LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
 def tiny_config(architecture: str, **overrides):
-    """A transformers config of `architecture` at toy size."""
+    """A transformers config of `architecture` at toy size, smaller still for "NAME:mini"."""
     from transformers import AutoConfig
 
-    values = {**SMALL, **ARCHITECTURES[architecture], **overrides}
-    return AutoConfig.for_model(architecture, **values)
+    name, _, size = architecture.partition(":")
+    values = {**SMALL, **ARCHITECTURES[name]}
+    if size == "mini":
+        values |= MINI | (MINI_LAYERS if "layer_types" in values else {})
+    return AutoConfig.for_model(name, **{**values, **overrides})
 
 
 def tiny_model(architecture: str, *, seed: int = 0, dtype=None, attention: str = "sdpa", **overrides):

@@ -1,0 +1,110 @@
+"""A table while it grows: rows, figures and aims, in a file after each of them, so that a killed run loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """A figure and the bound it should keep: at most `bound`, or at least."""
+
+    what: str
+    value: float | None
+    bound: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        """None: not measured."""
+        if self.value is None:
+            return None
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def __str__(self) -> str:
+        sign = "≥" if self.at_least else "≤"
+        said = {True: "met", False: "missed", None: "not measured"}[self.met]
+        value = "–" if self.value is None else f"{self.value:.3g}"
+        return f"- {self.what}: {value}, aim {sign} {self.bound:g}: {said}"
+
+
+class Results:
+    """All tables of a run, in one JSON file that is whole at any time."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self.document: dict[str, Any] = {"tables": {}}
+
+    def put(self, name: str, table: dict[str, Any]) -> None:
+        self.document["tables"][name] = table
+        self.save()
+
+    def save(self) -> None:
+        if self._file is None:
+            return
+        part = self._file.with_name(f".{self._file.name}.part")
+        part.write_text(json.dumps(self.document, indent=1) + "\n")
+        os.replace(part, self._file)
+
+
+@dataclass
+class Table:
+    """One table of a run."""
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    facts: dict[str, str]
+    results: Results
+    rows: list[Sequence[object]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    aims: list[Aim] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.save()
+
+    def figure(self, name: str, value: Any) -> None:
+        self.figures[name] = value
+        self.save()
+
+    def row(self, *cells: object) -> None:
+        self.rows.append(cells)
+        self.save()
+
+    def aim(self, what: str, value: float | None, bound: float, *, at_least: bool = False) -> None:
+        self.aims.append(Aim(what, value, bound, at_least))
+        self.save()
+
+    def save(self, *, complete: bool = False) -> None:
+        aims = [{**asdict(aim), "met": aim.met} for aim in self.aims]
+        self.results.put(
+            self.name,
+            {"title": self.title, "machine": self.facts, "complete": complete, "columns": list(self.columns),
+             "rows": [list(row) for row in self.rows], "notes": self.notes, "aims": aims, **self.figures},
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """Print it; from here on the file calls it complete."""
+        self.save(complete=True)
+        show(self.results.document["tables"][self.name])
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print a table as it stands in a results file."""
+    aims = [Aim(*(aim[name] for name in ("what", "value", "bound", "at_least"))) for aim in document["aims"]]
+    notes = list(document["notes"])
+    if aims:
+        notes.append("\n".join(map(str, aims)))
+    if not document["complete"]:
+        notes.append("The run was ended before this table was complete.")
+    report = Report(document["title"], document["columns"], document["machine"], document["rows"], notes)
+    report.emit(None)
+    print()

@@ -38,7 +38,7 @@ from statistics import NormalDist
 import numpy as np
 
 from coserve.scheduler import features as at
-from coserve.scheduler.features import PlanFeatures, Vector
+from coserve.scheduler.features import Matrix, PlanFeatures, Vector
 
 _SMALLEST_SPREAD = 0.02
 _SMALLEST_FACTOR = 1.02
@@ -47,6 +47,8 @@ _LARGEST_FACTOR = 2.0
 _KEPT_RATIOS = 32
 _QUARTILE = NormalDist().inv_cdf(0.75)  # of a standard normal distribution
 _LARGEST_BOOST = 3.0
+# Of work that grows along one direction, x = fixed + s · slope: coefficients in s of its mean (2) and variance (3).
+Line = tuple[float, float, float, float, float]
 _BLOCKS = {
     "forward": slice(at.FORWARD, at.OVERHEAD),
     "overhead": slice(at.OVERHEAD, at.HEAD),
@@ -87,6 +89,20 @@ class LatencyModel:
         mean = float(x @ self._theta)
         variance = float(x @ self._covariance @ x)
         return mean, self.factor * mean + (sqrt(variance) if variance > 0.0 else 0.0)
+
+    def lines(self, fixed: Matrix, slope: Matrix) -> list[Line]:
+        """The lines of n kinds of work; `fixed` and `slope` are [n, SIZE]."""
+        covered = fixed @ self._covariance
+        return list(
+            zip(
+                (fixed @ self._theta).tolist(),
+                (slope @ self._theta).tolist(),
+                (covered * fixed).sum(1).tolist(),
+                (2.0 * (covered * slope).sum(1)).tolist(),
+                ((slope @ self._covariance) * slope).sum(1).tolist(),
+                strict=True,
+            )
+        )
 
     def predict(self, features: PlanFeatures) -> tuple[float, float]:
         """(mean, upper) seconds of a whole iteration."""

@@ -26,6 +26,7 @@ from dataclasses import replace
 
 from coserve.scheduler.admission import Admission, AdmissionPolicy, Candidate
 from coserve.scheduler.config import SchedulerConfig
+from coserve.scheduler.costs import Costs
 from coserve.scheduler.features import (
     ForwardLoad,
     PlanFeatures,
@@ -36,7 +37,7 @@ from coserve.scheduler.features import (
 )
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.state import Plan, Prefill, SchedulerState
-from coserve.scheduler.training import Costs, TrainingPolicy
+from coserve.scheduler.training import TrainingPolicy
 
 
 class Scheduler:
@@ -45,6 +46,7 @@ class Scheduler:
         self.model = LatencyModel(config.quantile, config.forgetting)
         self._admission = AdmissionPolicy(config)
         self._training = TrainingPolicy(config)
+        self._costs = Costs(self.model)
 
     def plan(self, state: SchedulerState) -> Plan:
         """The next iteration's work. Empty only if nothing can run now.
@@ -53,7 +55,8 @@ class Scheduler:
         are to be ended with an error by the caller. `adapters` is for the loader: without regard for it, requests of
         evicted adapters may wait for each other.
         """
-        costs = Costs(self.model)
+        costs = self._costs
+        costs.begin()
         admission = self._admission.decide(state)
         budget = self._budget(state, admission)
         adapters = {r.adapter for r in admission.decodes if r.adapter is not None}

@@ -27,6 +27,8 @@ from dataclasses import replace
 from coserve.scheduler.admission import Admission, AdmissionPolicy, Candidate
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Costs
+from coserve.scheduler.device_cost import device_cost, row_seconds
+from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.features import (
     ForwardLoad,
     PlanFeatures,
@@ -44,6 +46,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.model = LatencyModel(config.quantile, config.forgetting)
+        self.share = FairShare(config.credit)
         self._admission = AdmissionPolicy(config)
         self._training = TrainingPolicy(config)
         self._costs = Costs(self.model)
@@ -57,7 +60,10 @@ class Scheduler:
         """
         costs = self._costs
         costs.begin()
-        admission = self._admission.decide(state)
+        self.share.meet(state)
+        if self.share.tenants > 1:
+            self.share.row_seconds = row_seconds(self.model)
+        admission = self._admission.decide(state, self.share)
         budget = self._budget(state, admission)
         adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
         decode_load = ForwardLoad(
@@ -69,7 +75,7 @@ class Scheduler:
         tokens = self._chunk(state.now, admission, decode_load, adapters, budget, costs)
         load = _with_chunks(decode_load, admission.candidates, tokens, adapters)
         slack = _first_token_slack(state.now, admission.candidates, tokens, costs.base(load)[1])
-        training = self._training.fill(state.sweeps, load, min(budget, slack), costs)
+        training = self._training.fill(self.share.order_sweeps(state.sweeps), load, min(budget, slack), costs)
         prefills = tuple(Prefill(c.request.request_id, n) for c, n in _cut(admission.candidates, tokens))
         plan = Plan(
             decodes=tuple(r.request_id for r in admission.decodes),
@@ -105,7 +111,8 @@ class Scheduler:
         features = plan_features(plan, state)
         trained = self._trained_seconds(plan, state, features, seconds)
         self.model.observe(features, seconds, parts)
-        self._training.settle(state.sweeps, seconds, trained)
+        self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
+        self.share.charge(device_cost(plan, state, seconds, trained, self.model))
 
     def _budget(self, state: SchedulerState, admission: Admission) -> float:
         budget = self.config.itl_seconds

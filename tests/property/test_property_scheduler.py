@@ -73,14 +73,15 @@ def can_run(state: SchedulerState) -> bool:
 
 
 def check_order(before: SchedulerState, plan: Plan) -> None:
-    """First come, first served: no request is admitted past an older one of its class without an adapter."""
+    """No request is admitted past one of its tenant and class without an adapter that is due before it."""
     running = {r.request_id for r in before.requests if r.running}
     named = {p.request_id for p in plan.prefills}
     for newer in (r for r in before.requests if r.request_id in named - running):
         for older in before.requests:
             if older.request_id == newer.request_id:
                 break
-            if older.slo_class == newer.slo_class and older.adapter is None and not older.running:
+            alike = (older.slo_class, older.tenant) == (newer.slo_class, newer.tenant)
+            if alike and older.ttft_deadline <= newer.ttft_deadline and older.adapter is None and not older.running:
                 assert older.request_id in named, f"{newer.request_id} was admitted before {older.request_id}"
 
 

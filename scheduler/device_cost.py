@@ -81,8 +81,8 @@ def _load(decodes: int, context: int, rows: int, work: int, logits: int) -> Forw
 
 
 def total(loads: Iterable[ForwardLoad]) -> ForwardLoad:
-    columns = zip(*((x.decode_rows, x.decode_context, x.prefill_rows, x.prefill_work, x.logit_rows) for x in loads))
-    return _load(*map(sum, columns))
+    counts = ((x.decode_rows, x.decode_context, x.prefill_rows, x.prefill_work, x.logit_rows) for x in loads)
+    return _load(*map(sum, zip(*counts, strict=True)))
 
 
 def training_cost(sweeps: tuple[SweepState, ...], trained: Mapping[int, float]) -> dict[str, float]:

@@ -74,7 +74,7 @@ class Room:
 
     def has_place(self, adapter: str, claimed: str | None) -> bool:
         """Whether the pool holds this adapter, the one that is claimed, and those in use."""
-        new = adapter not in self._adapters
+        new = int(adapter not in self._adapters)
         if claimed is not None and claimed != adapter:
             new += claimed not in self._adapters
         return len(self._adapters) + new <= self._max_adapters

@@ -88,7 +88,7 @@ class AdmissionPolicy:
         unservable += queue.unservable
         decodes.sort(key=lambda r: r.arrived)
         ahead = [*alive, *(c.request for c in queue.chunks), *queue.looked_at]
-        adapters = _wanted(ahead, lineup.adapters, state.max_adapters)
+        adapters = _wanted(ahead, state.requests, state.max_adapters)
         return Admission(tuple(decodes), tuple(queue.chunks), tuple(preempted), tuple(unservable), adapters)
 
     def _break_deadlock(
@@ -102,7 +102,7 @@ class AdmissionPolicy:
             victim = alive.pop()
             preempted.append(victim.request_id)
             queue.room.give_back(victim)
-            queue.go_on(alive)
+            queue.go_on(r for r in alive if not r.decoding)
             if queue.chunks:
                 return
         if alone:
@@ -128,12 +128,13 @@ class _Queue:
 
     def fill(self, alive: list[RequestState], closed: bool) -> None:
         """`closed`: nobody is admitted."""
+        prompts = [r for r in alive if not r.decoding]
         if closed:
-            self.go_on(alive)
+            self.go_on(prompts)
             return
         places = self._state.max_running - len(alive)
         reserve = ceil(self._config.decode_reserve * len(alive))
-        spare = self.room.free - sum(self.room.needed(r, r.total_tokens) for r in alive if not r.decoding) - reserve
+        spare = self.room.free - sum(self.room.needed(r, r.total_tokens) for r in prompts) - reserve
         began = set()
         blocked: dict[str, float] = {}
         for r in self._lineup:
@@ -161,14 +162,13 @@ class _Queue:
             self.room.claim(r, need)
             self._chunk(r)
             self.room.use(r)
-        self.go_on([r for r in alive if r.request_id not in began])
+        self.go_on(r for r in prompts if r.request_id not in began)
         self._remember(blocked)
 
-    def go_on(self, alive: Iterable[RequestState]) -> None:
+    def go_on(self, prompts: Iterable[RequestState]) -> None:
         """Chunks for running prompts only."""
-        for r in alive:
-            if not r.decoding:
-                self._chunk(r)
+        for r in prompts:
+            self._chunk(r)
 
     def _chunk(self, r: RequestState) -> None:
         tokens = min(r.total_tokens - r.computed_tokens, self._left, self.room.tokens(r))
@@ -248,8 +248,11 @@ def _run_decodes(running: list[RequestState], room: Room) -> tuple[list[RequestS
     return decodes, preempted, unservable
 
 
-def _wanted(ahead: Iterable[RequestState], others: Iterable[str], most: int) -> tuple[str, ...]:
+def _wanted(ahead: Iterable[RequestState], others: Iterable[RequestState], most: int) -> tuple[str, ...]:
     wanted = {r.adapter: None for r in ahead if r.adapter is not None}
-    if len(wanted) < most:
-        wanted |= dict.fromkeys(others)
+    for r in others:
+        if len(wanted) >= most:
+            break
+        if r.adapter is not None:
+            wanted[r.adapter] = None
     return tuple(wanted)[:most]

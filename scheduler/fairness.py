@@ -78,4 +78,5 @@ class FairShare:
         """The least-served tenant's first, else as they came."""
         if len(self._weights) < 2:
             return requests
-        return sorted(requests, key=lambda r: self.served(r.tenant))
+        served = self._served
+        return sorted(requests, key=lambda r: served[r.tenant])

@@ -1,77 +1,64 @@
 """The order of a plan: who runs and who waits, class by class, the least-served tenant first.
 
-It may assume that requests come in order of arrival. One pass over them sorts nothing: turns between tenants are
-worked out only as far as the queue is admitted, so a thousand waiting requests cost no more than looking at them.
+It may assume that requests come in order of arrival. Its one pass over them sorts nothing: turns between tenants, and
+the order of a tenant's own requests, are worked out only as far as the queue is admitted.
 """
 
 from __future__ import annotations
 
-from bisect import insort
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
+from itertools import pairwise
 
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.state import RequestState, SchedulerState
 
-
-@dataclass(slots=True)
-class Line:
-    """One class of requests."""
-
-    running: list[RequestState] = field(default_factory=list)
-    prompts: dict[str, list[tuple[int, RequestState]]] = field(default_factory=dict)  # tenant -> (place, request)
-
-    def add(self, place: int, request: RequestState) -> None:
-        queue = self.prompts.get(request.tenant)
-        if queue is None:
-            self.prompts[request.tenant] = [(place, request)]
-        elif queue[-1][1].ttft_deadline <= request.ttft_deadline:
-            queue.append((place, request))
-        else:  # a tenant's own requests go by deadline, then by arrival
-            insort(queue, (place, request), key=lambda entry: entry[1].ttft_deadline)
+_Queues = defaultdict[str, list[RequestState]]  # tenant -> prompts to run, in order of arrival
 
 
 class Lineup:
     """All requests of a state in the order in which they are served.
 
     Interactive requests, with the batch ones that are overdue, then the other batch requests. Within a class each turn
-    goes to the tenant that is least served, counting what it was given in turns before.
+    goes to the tenant that is least served, counting what it was given in turns before; a tenant's own requests go by
+    deadline, then by arrival.
     """
 
     def __init__(self, state: SchedulerState, share: FairShare) -> None:
         self._share = share
         self._shut: set[str] = set()
-        self.adapters: dict[str, None] = {}  # that requests name, in order of arrival
         late: dict[str, float] = {}
-        self._lines = self._sorted(state, {}, late)
+        self._sort(state, {}, late)
         if late:
-            self._lines = self._sorted(state, late, {})
+            self._sort(state, late, {})
 
-    def _sorted(self, state: SchedulerState, late: Mapping[str, float], seen: dict[str, float]) -> tuple[Line, Line]:
+    def _sort(self, state: SchedulerState, late: Mapping[str, float], seen: dict[str, float]) -> None:
         """`late`: tenant -> arrival of its newest overdue batch request, which and all before it are interactive ones;
         those that are found go to `seen`."""
-        first, batch = Line(), Line()
-        adapters, now = self.adapters, state.now
-        for place, r in enumerate(state.requests):
-            line = first
+        self._running: tuple[list[RequestState], list[RequestState]] = [], []
+        self._queues: tuple[_Queues, _Queues] = defaultdict(list), defaultdict(list)
+        (first, batch), (queues, batch_queues), now = self._running, self._queues, state.now
+        for r in state.requests:
             if r.slo_class == "batch" and r.arrived > late.get(r.tenant, -1.0):
-                line = batch
-                if r.ttft_deadline <= now and not r.decoding:
+                if r.running:
+                    batch.append(r)
+                    if r.decoding:
+                        continue
+                if r.ttft_deadline <= now:
                     seen[r.tenant] = r.arrived
-            if r.adapter is not None:
-                adapters[r.adapter] = None
+                batch_queues[r.tenant].append(r)
+                continue
             if r.running:
-                line.running.append(r)
-                if r.decoding:
+                first.append(r)
+                if r.total_tokens - r.computed_tokens == 1 and r.output_tokens:  # `decoding`, where every call counts
                     continue
-            line.add(place, r)
-        return first, batch
+            queues[r.tenant].append(r)
 
     @property
     def running(self) -> list[RequestState]:
         """Decodes and running prompts; who steps back first is last."""
-        return [r for line in self._lines for r in self._share.order_running(line.running)]
+        return [r for requests in self._running for r in self._share.order_running(requests)]
 
     def shut(self, tenant: str) -> None:
         """Leave out the rest of a tenant's prompts."""
@@ -79,23 +66,30 @@ class Lineup:
 
     def __iter__(self) -> Iterator[RequestState]:
         """Prompts, running and waiting."""
-        for line in self._lines:
-            yield from self._turns(line.prompts)
+        for queues in self._queues:
+            yield from self._turns(queues)
 
-    def _turns(self, queues: Mapping[str, list[tuple[int, RequestState]]]) -> Iterator[RequestState]:
-        heap = [(self._share.served(tenant), queue[0][0], tenant) for tenant, queue in queues.items()]
+    def _turns(self, queues: _Queues) -> Iterator[RequestState]:
+        heap = [(self._share.served(tenant), queue[0].arrived, tenant) for tenant, queue in queues.items()]
         heapify(heap)
-        at = dict.fromkeys(queues, 0)
+        turns: dict[str, Iterator[RequestState]] = {}
         while heap:
-            level, _, tenant = heap[0]
+            level, arrived, tenant = heap[0]
             if tenant in self._shut:
                 heappop(heap)
                 continue
-            queue, turn = queues[tenant], at[tenant]
-            request = queue[turn][1]
-            yield request
-            if turn + 1 == len(queue):
+            if tenant not in turns:
+                turns[tenant] = iter(_by_deadline(queues[tenant]))
+            request = next(turns[tenant], None)
+            if request is None:
                 heappop(heap)
                 continue
-            at[tenant] = turn + 1
-            heapreplace(heap, (level + self._share.cost(request), queue[turn + 1][0], tenant))
+            yield request
+            heapreplace(heap, (level + self._share.cost(request), arrived, tenant))
+
+
+def _by_deadline(queue: list[RequestState]) -> list[RequestState]:
+    """As they came, where that is the order of their deadlines."""
+    if all(a.ttft_deadline <= b.ttft_deadline for a, b in pairwise(queue)):
+        return queue
+    return sorted(queue, key=lambda r: r.ttft_deadline)

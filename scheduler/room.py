@@ -7,7 +7,7 @@ gave can be carried out as it stands.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from coserve.scheduler.state import RequestState, SchedulerState
 
@@ -17,17 +17,16 @@ _NO_LIMIT = 1 << 60
 class Room:
     __slots__ = ("_adapters", "_limits", "_max_adapters", "_used", "free", "size")
 
-    def __init__(self, state: SchedulerState, running: Iterable[RequestState]) -> None:
+    def __init__(self, state: SchedulerState, running: Sequence[RequestState]) -> None:
         self.free = state.free_blocks  # of nobody; never negative
         self.size = state.block_size
         self._max_adapters = state.max_adapters
         self._limits = state.limits
         self._used: dict[str, int] = {}  # tenant -> blocks, where there is a limit
-        self._adapters: dict[str, tuple[str, int]] = {}  # in use -> its tenant and pages
-        for r in running:
-            if r.adapter is not None:
-                self.use(r)
-            if self._limits:
+        # in use -> its tenant and pages
+        self._adapters = {r.adapter: (r.tenant, r.adapter_pages) for r in running if r.adapter is not None}
+        if self._limits:
+            for r in running:
                 self.claim(r, self._of_share(r))
 
     # ------------------------------------------------------------------ blocks

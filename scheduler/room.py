@@ -15,7 +15,7 @@ _NO_LIMIT = 1 << 60
 
 
 class Room:
-    __slots__ = ("_adapters", "_limits", "_max_adapters", "_used", "free", "size")
+    __slots__ = ("_adapters", "_limits", "_max_adapters", "_pages", "_used", "free", "size")
 
     def __init__(self, state: SchedulerState, running: Sequence[RequestState]) -> None:
         self.free = state.free_blocks  # of nobody; never negative
@@ -23,11 +23,12 @@ class Room:
         self._max_adapters = state.max_adapters
         self._limits = state.limits
         self._used: dict[str, int] = {}  # tenant -> blocks, where there is a limit
-        # in use -> its tenant and pages
-        self._adapters = {r.adapter: (r.tenant, r.adapter_pages) for r in running if r.adapter is not None}
+        self._adapters = {r.adapter for r in running if r.adapter is not None}  # in use
+        self._pages: dict[str, dict[str, int]] = {}  # tenant -> its adapters in use and their pages, likewise
         if self._limits:
             for r in running:
                 self.claim(r, self._of_share(r))
+                self.use(r)
 
     # ------------------------------------------------------------------ blocks
 
@@ -69,7 +70,9 @@ class Room:
 
     def use(self, request: RequestState) -> None:
         if request.adapter is not None:
-            self._adapters.setdefault(request.adapter, (request.tenant, request.adapter_pages))
+            self._adapters.add(request.adapter)
+            if request.tenant in self._limits:
+                self._pages.setdefault(request.tenant, {})[request.adapter] = request.adapter_pages
 
     def has_place(self, adapter: str, claimed: str | None) -> bool:
         """Whether the pool holds this adapter, the one that is claimed, and those in use."""
@@ -80,8 +83,7 @@ class Room:
 
     def has_pages(self, request: RequestState) -> bool:
         """Whether its adapter fits its tenant's share of the pool; the tenant's only one always does."""
-        limit = self._limits.get(request.tenant)
-        if limit is None or limit.adapter_pages is None or request.adapter is None or request.adapter in self._adapters:
+        limit, used = self._limits.get(request.tenant), self._pages.get(request.tenant, {})
+        if limit is None or limit.adapter_pages is None or request.adapter is None or request.adapter in used:
             return True
-        used = [pages for tenant, pages in self._adapters.values() if tenant == request.tenant]
-        return not used or sum(used) + request.adapter_pages <= limit.adapter_pages
+        return not used or sum(used.values()) + request.adapter_pages <= limit.adapter_pages

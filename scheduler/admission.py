@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from coserve.scheduler.config import SchedulerConfig
+from coserve.scheduler.crowd import Crowd
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.room import Room
@@ -40,6 +41,7 @@ from coserve.scheduler.state import RequestState, SchedulerState
 PLACES = "waiting for a place: as many requests run as may"
 BLOCKS = "waiting for K/V memory"
 SHARE = "waiting for your own requests: they hold all of your share of the K/V memory"
+CROWD = "waiting for your own requests: more at once would delay other tenants"
 LOADING = "waiting for its adapter to be loaded"
 RESIDENCY = "waiting for room for its adapter: those in use fill the adapter memory"
 PAGES = "waiting for your own adapters: they hold all of your share of the adapter memory"
@@ -73,13 +75,13 @@ class AdmissionPolicy:
         self.closed_by = TURN  # why the queue went no further
         self.kept_back: dict[str, str] = {}  # request, or tenant, that was passed over -> why
 
-    def decide(self, state: SchedulerState, share: FairShare) -> Admission:
+    def decide(self, state: SchedulerState, share: FairShare, crowd: Crowd) -> Admission:
         lineup = Lineup(state, share)
         running = lineup.running
         room = Room(state, running)
         decodes, preempted, unservable = _run_decodes(running, room)
         alive = [r for r in running if r.request_id not in preempted] if preempted else running
-        queue = _Queue(self._config, state, lineup, room, self._blocked_since)
+        queue = _Queue(self._config, state, share, lineup, room, crowd, self._blocked_since)
         if not unservable:
             queue.fill(alive, closed=bool(preempted))
         if not decodes and not queue.chunks and not queue.unservable and not unservable and alive:
@@ -112,9 +114,10 @@ class AdmissionPolicy:
 class _Queue:
     """Chunks for running prompts and admissions of waiting ones, at most `max_chunk` tokens together."""
 
-    def __init__(self, config: SchedulerConfig, state: SchedulerState, lineup: Lineup, room: Room,
-                 blocked_since: dict[str, float]) -> None:  # fmt: skip
-        self._config, self._state, self._lineup = config, state, lineup
+    def __init__(self, config: SchedulerConfig, state: SchedulerState, share: FairShare, lineup: Lineup, room: Room,
+                 crowd: Crowd, blocked_since: dict[str, float]) -> None:  # fmt: skip
+        self._config, self._state = config, state
+        self._share, self._lineup, self._crowd = share, lineup, crowd
         self._left = config.max_chunk
         self._was_blocked = blocked_since
         self._claim: str | None = None  # an adapter that has waited for a place for too long
@@ -135,6 +138,7 @@ class _Queue:
         places = self._state.max_running - len(alive)
         reserve = ceil(self._config.decode_reserve * len(alive))
         spare = self.room.free - sum(self.room.needed(r, r.total_tokens) for r in prompts) - reserve
+        self._crowd.begin(alive)
         began = set()
         blocked: dict[str, float] = {}
         for r in self._lineup:
@@ -150,8 +154,9 @@ class _Queue:
             if need > self.room.share(r.tenant) or (idle and need > self.room.free):
                 self.unservable.append(r.request_id)
                 continue
-            if need + self._own_reserve(r, alive) > self.room.left_of_share(r.tenant):
-                self.kept_back[r.tenant] = SHARE
+            own = need + self._own_reserve(r, alive) <= self.room.left_of_share(r.tenant)
+            if not own or not self._crowd.has_room(r.tenant, self._share.is_least(r.tenant)):
+                self.kept_back[r.tenant] = CROWD if own else SHARE
                 self._lineup.shut(r.tenant)
                 continue
             if self._left <= 0 or places <= 0 or need > (self.room.free if idle else spare):
@@ -159,6 +164,7 @@ class _Queue:
                 break
             places -= 1
             spare -= need
+            self._crowd.admit(r.tenant)
             self.room.claim(r, need)
             self._chunk(r)
             self.room.use(r)

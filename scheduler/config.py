@@ -22,6 +22,8 @@ class SchedulerConfig:
     floor_share: float = 0.02  # share of time the oldest sweep of a priority gets even when the budget has no room
     drain_after: float = 1.0  # seconds blocked by residency after which an adapter's oldest request claims a place
     credit: float = 1.0  # seconds, by weight, that a tenant may be behind the others when it comes back
+    remembered: float = 60.0  # seconds for which the promises of a tenant that has gone are still protected
+    crowd_share: float = 0.6  # of the inter-token promise: what decodes may take before a tenant's own crowd waits
     decode_reserve: float = 0.25  # free blocks a running request that admission leaves for growing streams
     quantile: float = 0.99  # of the recent measured/predicted ratios' distribution, which the upper estimate covers
     forgetting: float = 0.98  # of the latency model: the weight that is left of an observation after the next one

@@ -17,13 +17,15 @@ from coserve.scheduler.state import RequestState, SchedulerState, SweepState
 
 
 class FairShare:
-    """Counters only grow. `credit`: weighted seconds that a returning tenant may be behind the others."""
+    """Counters only grow. `credit`: weighted seconds that a returning tenant may be behind the others; `remembered`:
+    seconds after which one that stays away is no longer reckoned with."""
 
-    def __init__(self, credit: float) -> None:
-        self._credit = credit
+    def __init__(self, credit: float, remembered: float) -> None:
+        self._credit, self._remembered = credit, remembered
         self._served: dict[str, float] = {}
         self._weights: dict[str, float] = {}  # of the tenants that are there
         self._level = 0.0  # the least-served of those that were last there
+        self._lately: dict[str, tuple[float, float]] = {}  # tenant -> when it was last there, and its weight
         self.row_seconds = 1e-3  # what a prompt row costs, as the planner expects
 
     def meet(self, state: SchedulerState) -> None:
@@ -41,7 +43,11 @@ class FairShare:
             self._forget(there, level)
         self._weights = there
         if there:
-            self._level = min(self._served[t] for t in there)
+            self._level = min(map(self._served.__getitem__, there))
+        for tenant, weight in there.items():
+            self._lately[tenant] = state.now, weight
+        if len(self._lately) > len(there):
+            self._lately = {t: seen for t, seen in self._lately.items() if seen[0] >= state.now - self._remembered}
 
     def _forget(self, there: Mapping[str, float], level: float) -> None:
         """Of tenants that are away and would be lifted anyway nothing needs to be known."""
@@ -52,6 +58,20 @@ class FairShare:
     def tenants(self) -> int:
         """How many are there."""
         return len(self._weights)
+
+    @property
+    def shared(self) -> bool:
+        """Whether more than one tenant was there lately."""
+        return len(self._lately) > 1
+
+    def parts(self, whole: float) -> dict[str, float]:
+        """`whole`, divided by weight among the tenants that were there lately."""
+        weights = sum(weight for _, weight in self._lately.values())
+        return {tenant: whole * weight / weights for tenant, (_, weight) in self._lately.items()}
+
+    def is_least(self, tenant: str) -> bool:
+        """Whether nobody who is there has been served less."""
+        return self.served(tenant) <= self._level
 
     def served(self, tenant: str) -> float:
         """Weighted seconds; of a tenant that was never there, those that it would begin with."""

@@ -27,6 +27,7 @@ from dataclasses import replace
 from coserve.scheduler.admission import Admission, AdmissionPolicy, Candidate
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Costs
+from coserve.scheduler.crowd import Crowd, largest_crowd
 from coserve.scheduler.device_cost import device_cost, row_seconds
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.features import (
@@ -46,7 +47,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.model = LatencyModel(config.quantile, config.forgetting)
-        self.share = FairShare(config.credit)
+        self.share = FairShare(config.credit, config.remembered)
         self._admission = AdmissionPolicy(config)
         self._training = TrainingPolicy(config)
         self._costs = Costs(self.model)
@@ -63,7 +64,7 @@ class Scheduler:
         self.share.meet(state)
         if self.share.tenants > 1:
             self.share.row_seconds = row_seconds(self.model)
-        admission = self._admission.decide(state, self.share)
+        admission = self._admission.decide(state, self.share, self._crowd(state, costs))
         budget = self._budget(state, admission)
         adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
         decode_load = ForwardLoad(
@@ -113,6 +114,19 @@ class Scheduler:
         self.model.observe(features, seconds, parts)
         self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
         self.share.charge(device_cost(plan, state, seconds, trained, self.model))
+
+    def _crowd(self, state: SchedulerState, costs: Costs) -> Crowd:
+        if not self.share.shared:
+            return Crowd()
+        contexts = [r.total_tokens for r in state.requests if r.running]
+        context = sum(contexts) // max(1, len(contexts))
+
+        def seconds(streams: int) -> float:
+            return costs.base(ForwardLoad(streams, streams * context, logit_rows=streams))[0]
+
+        promise = self.config.itl_seconds
+        least = largest_crowd(seconds, self.config.crowd_share * promise)
+        return Crowd(least, largest_crowd(seconds, promise), self.share.parts(least))
 
     def _budget(self, state: SchedulerState, admission: Admission) -> float:
         budget = self.config.itl_seconds

@@ -45,21 +45,40 @@ class Costs:
 
     def begin(self) -> None:
         """Forget the answers: the model may have learned since."""
-        self._factor = self._model.factor
-        self._bases: dict[ForwardLoad, Cost] = {}
+        self._boost = self._model.margins.boost
+        self._bases: dict[ForwardLoad, tuple[float, float]] = {}  # (mean, deviation)
         self._lines: dict[tuple[str, int], Line] = {}
         self._backwards: dict[tuple[int, int], Cost] = {}
         self._rides: dict[tuple[int, int], Line] = {}
         self._ridden: ForwardLoad | None = None
+        self._most_margin = float("inf")
 
     def least(self, cost: Cost, which: int) -> float:
         """What no larger piece of such work costs less than, by its mean (`which` 0) or upper estimate (1): means never
         fall with the rows, upper estimates may where less is known of the smaller piece."""
-        return self._factor * cost[0] if which else cost[0]
+        return self._boost * cost[0] if which else cost[0]
+
+    def serving(self, load: ForwardLoad) -> Cost:
+        """An iteration of `load` alone: the packed forward with the overhead (where only whole iterations are timed,
+        their sum is known much better than either)."""
+        mean, deviation = self._base(load)
+        return mean, self._model.margins.upper("prompt" if load.prefill_rows else "decode", mean, deviation)
 
     def base(self, load: ForwardLoad) -> Cost:
-        """The packed forward with the iteration's overhead (where only whole iterations are timed, their sum is known
-        much better than either)."""
+        """As `serving`, in an iteration that trains as well."""
+        mean, deviation = self._base(load)
+        return mean, self._boost * mean + deviation + self.margin(load)
+
+    def leave_room(self, load: ForwardLoad, budget: float, share: float) -> None:
+        """From here on the margin of training beside `load` takes at most `share` of what `load` leaves of `budget`."""
+        mean, _ = self.base(load)
+        self._most_margin = max(0.0, share * (budget - self._boost * mean))
+
+    def margin(self, load: ForwardLoad) -> float:
+        """Of `base` and `ride`: the part of their upper estimates that goes to no piece of the work."""
+        return min(self._most_margin, self._model.margins.upper(_kind(load), 0.0, 0.0))
+
+    def _base(self, load: ForwardLoad) -> tuple[float, float]:
         known = self._bases.get(load)
         if known is None:
             known = self._bases[load] = self._model.part(base_vector(load))
@@ -74,7 +93,8 @@ class Costs:
         if line is None:
             fixed, slope = ride_line(load, rows, len(sweep.jobs))
             line = self._rides[key] = self._model.lines(fixed[None], slope[None])[0]
-        return self._at(line, attention_work(before, rows) / 1e6)
+        mean, upper = self._at(line, attention_work(before, rows) / 1e6)
+        return mean, upper + self.margin(load)
 
     def head(self, rows: int, steps: int, of: int, whole: int) -> Cost:
         """`steps` of the `of` sub-steps of a batch of `rows` label rows; `whole` rows are the largest batch."""
@@ -130,7 +150,7 @@ class Costs:
         mean0, mean1, var0, var1, var2 = line
         mean = mean0 + x * mean1
         variance = var0 + x * (var1 + x * var2)
-        return mean, self._factor * mean + (sqrt(variance) if variance > 0.0 else 0.0)
+        return mean, self._boost * mean + (sqrt(variance) if variance > 0.0 else 0.0)
 
 
 def most(todo: int, left: float, seconds: Callable[[int], float]) -> int:
@@ -151,6 +171,10 @@ def most(todo: int, left: float, seconds: Callable[[int], float]) -> int:
     while found < todo - 1 and seconds(found + 1) <= left:
         found += 1
     return found
+
+
+def _kind(load: ForwardLoad) -> str:
+    return "training" if load.decode_rows + load.prefill_rows else "alone"
 
 
 def _no_more_than(cost: Cost, larger: Cost) -> Cost:

@@ -237,6 +237,16 @@ class PlanFeatures:
     overhead: Vector
 
     @property
+    def kind(self) -> str:
+        """As far as its scatter goes (`margin.KINDS`)."""
+        forward = self.forward if self.forward is not None else self.overhead
+        if not (forward[DECODE] or forward[PREFILL]):
+            return "alone"
+        if self.units or forward[RIDE]:
+            return "training"
+        return "prompt" if forward[PREFILL] else "decode"
+
+    @property
     def parts(self) -> tuple[Vector, ...]:
         """What is predicted separately: forward and overhead together, then the units."""
         base = self.overhead if self.forward is None else self.overhead + self.forward

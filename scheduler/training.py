@@ -85,6 +85,8 @@ class TrainingPolicy:
         costs: Costs,
     ) -> TrainingPlan:
         """Plan training beside the serving work `load`, up to `budget` seconds for the whole iteration."""
+        if load.rows:
+            costs.leave_room(load, budget, self._config.margin_share)
         base = costs.base(load)
         plan = TrainingPlan(load, base, *base)
         queues = {p: _Queue(sweeps, p) for p in PRIORITIES}
@@ -255,7 +257,8 @@ class TrainingPolicy:
     ) -> tuple[int, Cost] | None:
         """The largest ride that fits, and what the packed forward costs with it."""
         room, sizes = left + plan.base[which], self._sizes(sweep.next_forward())
-        if costs.least(costs.ride(plan.load, sweep.state, sweep.forward_tokens, sizes[-1]), which) > room:
+        smallest = costs.ride(plan.load, sweep.state, sweep.forward_tokens, sizes[-1])
+        if costs.least(smallest, which) > room - which * costs.margin(plan.load):
             return None
         for tokens in sizes:
             cost = costs.ride(plan.load, sweep.state, sweep.forward_tokens, tokens)

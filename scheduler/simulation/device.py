@@ -159,20 +159,21 @@ class Device:
         """As `carry_out`; also the seconds of its parts."""
         self._check_names(plan)
         self._preempt(plan.preempt)
-        factor = self.noise_factor() * self.slowdown
         parts = self.parts(plan)
         produced = self._decode(plan.decodes) + self._prefill(plan.prefills)
         self._check_residency()
         self._train(plan)
-        seconds = (sum(parts.values()) + self.card.overhead) * factor
+        quiet = sum(parts.values()) + self.card.overhead
+        seconds = self.disturbed(quiet) * self.slowdown
         self.now += seconds
         self._deliver(produced)
         self.done_sweeps += [s for s in self.sweeps if s.finished]
         self.sweeps = [s for s in self.sweeps if not s.finished]
-        return seconds, {name: value * factor for name, value in parts.items()}
+        return seconds, {name: value * seconds / quiet for name, value in parts.items()}
 
-    def noise_factor(self) -> float:
-        return self.card.noise.draw(self.random)
+    def disturbed(self, seconds: float) -> float:
+        """What an iteration that costs `seconds` takes."""
+        return self.card.noise.draw(self.random, seconds)
 
     def _check_names(self, plan: Plan) -> None:
         named = [*plan.decodes, *(p.request_id for p in plan.prefills), *plan.preempt, *plan.unservable]

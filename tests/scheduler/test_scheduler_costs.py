@@ -46,16 +46,26 @@ def test_costs_are_the_models_own() -> None:
     for _ in range(50):
         rows, before, steps = draw.randint(1, 600), draw.randint(0, 4000), draw.randint(1, 31)
         load = ForwardLoad(draw.randint(0, 9), draw.randint(0, 900), logit_rows=draw.randint(0, 9), adapters=2)
-        assert costs.base(load) == pytest.approx(model.part(base_vector(load)))
+        mean, deviation = model.part(base_vector(load))
+        kind = "training" if load.rows else "alone"
+        assert costs.serving(load) == pytest.approx((mean, model.margins.upper("decode", mean, deviation)))
+        assert costs.base(load) == pytest.approx((mean, model.margins.upper(kind, mean, deviation)))
         ridden = load.with_ride(sweep, before, rows)
         assert ridden.ride_work == attention_work(before, rows) and ridden.adapters == 5
-        assert costs.ride(load, sweep, before, rows) == pytest.approx(model.part(base_vector(ridden)))
-        assert costs.slice(rows, steps, 32) == pytest.approx(model.part(slice_vector(rows, steps / 32)))
-        whole = model.part(backward_vector(rows, coarse(before)))
-        assert costs.backward(rows, before, rows) == pytest.approx(whole)
+        mean, deviation = model.part(base_vector(ridden))
+        assert costs.ride(load, sweep, before, rows) == pytest.approx(
+            (mean, model.margins.upper(kind, mean, deviation))
+        )
+        for cost, vector in (
+            (costs.slice(rows, steps, 32), slice_vector(rows, steps / 32)),
+            (costs.backward(rows, before, rows), backward_vector(rows, coarse(before))),
+        ):
+            mean, deviation = model.part(vector)
+            assert cost == pytest.approx((mean, model.margins.boost * mean + deviation))
         mean, upper = costs.head(rows, steps, 32, rows)
         assert mean == pytest.approx(model.part(head_vector(rows, steps / 32))[0])
-        assert upper <= model.part(head_vector(rows, 1.0))[1] + 1e-12, "a part takes no longer than the whole"
+        whole, deviation = model.part(head_vector(rows, 1.0))
+        assert upper <= model.margins.boost * whole + deviation + 1e-12, "a part takes no longer than the whole"
 
 
 def test_what_fits_is_the_most_that_does() -> None:
@@ -65,6 +75,22 @@ def test_what_fits_is_the_most_that_does() -> None:
         rows, todo, left = draw.randint(1, 299), draw.randint(1, 32), draw.uniform(0.0, 0.4)
         found = costs.layers_that_fit(rows, todo, 32, left, 1)
         assert found == sum(costs.slice(rows, n, 32)[1] <= left for n in range(1, todo + 1))
+
+
+def test_a_margin_leaves_training_its_part_of_the_room() -> None:
+    model = taught().model
+    for _ in range(60):  # half of the iterations take 0.2 s longer than they should
+        model.margins.observe("training", 0.1, 1.0, 0.3)
+    costs, load = Costs(model), ForwardLoad(4, 400, logit_rows=4)
+    mean, upper = costs.base(load)
+    assert upper > mean + 0.09
+    costs.leave_room(load, mean + 0.04, 0.75)
+    assert costs.margin(load) == pytest.approx(0.03)
+    assert costs.base(load)[1] == pytest.approx(upper - model.margins.upper("training", 0.0, 0.0) + 0.03)
+    costs.leave_room(load, 0.5 * mean, 0.75)
+    assert costs.margin(load) == 0.0, "no room, nothing to share"
+    costs.begin()
+    assert costs.base(load) == pytest.approx((mean, upper))
 
 
 def test_the_model_is_asked_again_after_it_has_learned() -> None:

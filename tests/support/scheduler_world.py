@@ -49,5 +49,5 @@ class World(Device):
             return self.speed * (0.003 + 0.0003 * unit.tokens)
         return self.speed * (0.001 + 0.25 * unit.layers * (0.03 + 0.0009 * unit.tokens))
 
-    def noise_factor(self) -> float:
-        return 1.0 + self.noise * self.random.random()
+    def disturbed(self, seconds: float) -> float:
+        return seconds * (1.0 + self.noise * self.random.random())

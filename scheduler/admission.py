@@ -1,31 +1,51 @@
 """Which generation requests may run now: decodes, preemptions, and the queue of prompts that may be chunked.
 
 It may assume that requests come in order of arrival and that blocks nobody holds count as free. It never looks at
-predicted time (the planner cuts the prompts' chunks) and never plans more blocks than there are.
+predicted time (the planner cuts the prompts' chunks) and never plans more blocks than there are, in all or of a
+tenant's share.
 
-Order. Interactive requests come before batch ones, within a class the older first; a batch request whose first token
-is overdue counts as interactive, and so do all batch requests before it, so that a class stays first come first served.
+Order. Interactive requests come before batch ones; a batch request whose first token is overdue counts as interactive,
+and so do all batch requests of its tenant before it. Within a class the tenant goes first that has had least of the
+device (`fairness`); a tenant's own requests go by deadline, then by arrival. With one tenant and one promise that is
+first come, first served.
 
 Decodes. All running decodes run. One that needs a block when none is free takes the blocks of the last running request
-in this order, or steps back itself if it is that one.
+in this order (the most-served tenant's newest), or steps back itself if it is that one. One that needs a block when
+its tenant's share is used up takes those of the last one of its own tenant.
 
 Prompts. Running ones get what blocks are left, in order. A waiting one is admitted when its *whole* prompt fits beside
 what the running prompts still need and a small reserve for growing streams; otherwise none behind it is admitted
-either. So admitted prompts always finish without taking blocks from each other.
+either. So admitted prompts always finish without taking blocks from each other. One that does not fit its tenant's
+share keeps back its own tenant only.
 
 Adapters. A waiting request whose adapter is not on the device, or whose adapter would be one too many, is passed over
-and blocks nobody, until it has been kept out *by residency* for `drain_after` seconds: from then on the oldest such
+and blocks nobody, until it has been kept out *by residency* for `drain_after` seconds: from then on the first such
 request claims a place, and nothing behind it is admitted unless both fit. Running requests of other adapters drain
-away and the claim is served.
+away and the claim is served. One that its tenant's share of the pages keeps out holds back its tenant after that time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 
 from coserve.scheduler.config import SchedulerConfig
+from coserve.scheduler.crowd import Crowd
+from coserve.scheduler.fairness import FairShare
+from coserve.scheduler.lineup import Lineup
+from coserve.scheduler.room import Room
 from coserve.scheduler.state import RequestState, SchedulerState
+
+# Why a request waits, as the API tells it.
+PLACES = "waiting for a place: as many requests run as may"
+BLOCKS = "waiting for K/V memory"
+SHARE = "waiting for your own requests: they hold all of your share of the K/V memory"
+CROWD = "waiting for your own requests: more at once would delay other tenants"
+LOADING = "waiting for its adapter to be loaded"
+RESIDENCY = "waiting for room for its adapter: those in use fill the adapter memory"
+PAGES = "waiting for your own adapters: they hold all of your share of the adapter memory"
+TURN = "waiting for the prompts before it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,199 +66,199 @@ class Admission:
 
 
 class AdmissionPolicy:
-    """Decides per iteration; remembers only since when waiting requests have been kept out by residency."""
+    """Decides per iteration; remembers since when waiting requests have been kept out by residency, and why requests
+    were kept back the last time."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._blocked_since: dict[str, float] = {}
+        self.closed_by = TURN  # why the queue went no further
+        self.kept_back: dict[str, str] = {}  # request, or tenant, that was passed over -> why
 
-    def decide(self, state: SchedulerState) -> Admission:
-        running, prompts = _in_order(state)
-        pool = _Pool(state.free_blocks, state.block_size)
-        decodes, preempted, unservable = _run_decodes(running, pool)
+    def decide(self, state: SchedulerState, share: FairShare, crowd: Crowd) -> Admission:
+        lineup = Lineup(state, share)
+        running = lineup.running
+        room = Room(state, running)
+        decodes, preempted, unservable = _run_decodes(running, room)
         alive = [r for r in running if r.request_id not in preempted] if preempted else running
-        if preempted:
-            prompts = [r for r in prompts if r.request_id not in preempted]
-        chunks: list[Candidate] = []
+        queue = _Queue(self._config, state, share, lineup, room, crowd, self._blocked_since)
         if not unservable:
-            chunks = self._chunks(state, prompts, alive, pool, unservable, closed=bool(preempted))
-        if not decodes and not chunks and not unservable and alive:
-            chunks = self._break_deadlock(state, prompts, alive, pool, preempted, unservable)
+            queue.fill(alive, closed=bool(preempted))
+        if not decodes and not queue.chunks and not queue.unservable and not unservable and alive:
+            self._break_deadlock(queue, alive, preempted, unservable)
+        self._blocked_since, self.closed_by, self.kept_back = queue.blocked_since, queue.closed_by, queue.kept_back
+        unservable += queue.unservable
         decodes.sort(key=lambda r: r.arrived)
-        adapters = _wanted([*alive, *(c.request for c in chunks), *prompts], state.max_adapters)
-        return Admission(tuple(decodes), tuple(chunks), tuple(preempted), tuple(unservable), adapters)
+        ahead = [*alive, *(c.request for c in queue.chunks), *queue.looked_at]
+        adapters = _wanted(ahead, state.requests, state.max_adapters)
+        return Admission(tuple(decodes), tuple(queue.chunks), tuple(preempted), tuple(unservable), adapters)
 
     def _break_deadlock(
-        self,
-        state: SchedulerState,
-        prompts: list[RequestState],
-        alive: list[RequestState],
-        pool: _Pool,
-        preempted: list[str],
-        unservable: list[str],
-    ) -> list[Candidate]:
+        self, queue: _Queue, alive: list[RequestState], preempted: list[str], unservable: list[str]
+    ) -> None:
         """Only prompts are admitted, they hold all blocks and none can go on: the last ones step back for the first."""
         if not any(r.adapter_ready for r in alive):
-            return []  # they wait for adapters, not for blocks
+            return  # they wait for adapters, not for blocks
         alone = len(alive) == 1
         while len(alive) > 1:
             victim = alive.pop()
             preempted.append(victim.request_id)
-            pool.free += victim.blocks_held - victim.blocks_shared
-            prompts = [r for r in prompts if r is not victim]
-            chunks = self._chunks(state, prompts, alive, pool, unservable, closed=True)
-            if chunks:
-                return chunks
+            queue.room.give_back(victim)
+            queue.go_on(r for r in alive if not r.decoding)
+            if queue.chunks:
+                return
         if alone:
             unservable.append(alive[0].request_id)
-        return []
 
-    def _chunks(
-        self,
-        state: SchedulerState,
-        prompts: list[RequestState],
-        alive: list[RequestState],
-        pool: _Pool,
-        unservable: list[str],
-        closed: bool,
-    ) -> list[Candidate]:
-        """Chunks for running prompts and, unless `closed`, admissions; at most `max_chunk` tokens together."""
-        chunks: list[Candidate] = []
-        left = self._config.max_chunk
-        places = state.max_running - len(alive)
-        resident = {r.adapter for r in alive if r.adapter is not None}
+
+class _Queue:
+    """Chunks for running prompts and admissions of waiting ones, at most `max_chunk` tokens together."""
+
+    def __init__(self, config: SchedulerConfig, state: SchedulerState, share: FairShare, lineup: Lineup, room: Room,
+                 crowd: Crowd, blocked_since: dict[str, float]) -> None:  # fmt: skip
+        self._config, self._state = config, state
+        self._share, self._lineup, self._crowd = share, lineup, crowd
+        self._left = config.max_chunk
+        self._was_blocked = blocked_since
+        self._claim: str | None = None  # an adapter that has waited for a place for too long
+        self.room = room
+        self.chunks: list[Candidate] = []
+        self.unservable: list[str] = []
+        self.looked_at: list[RequestState] = []  # waiting requests that came up, in order
+        self.blocked_since: dict[str, float] = blocked_since
+        self.closed_by = TURN
+        self.kept_back: dict[str, str] = {}
+
+    def fill(self, alive: list[RequestState], closed: bool) -> None:
+        """`closed`: nobody is admitted."""
+        prompts = [r for r in alive if not r.decoding]
+        if closed:
+            self.go_on(prompts)
+            return
+        places = self._state.max_running - len(alive)
         reserve = ceil(self._config.decode_reserve * len(alive))
-        promised = sum(pool.needed(r, r.total_tokens) for r in alive if not _decoding(r))
-        spare = pool.free - promised - reserve
-        claim: str | None = None
+        spare = self.room.free - sum(self.room.needed(r, r.total_tokens) for r in prompts) - reserve
+        self._crowd.begin(alive)
+        began = set()
         blocked: dict[str, float] = {}
-        for r in prompts:
-            want = r.total_tokens - r.computed_tokens
+        for r in self._lineup:
             if r.running:
-                tokens = min(want, left, pool.room(r))
-                if tokens > 0 and r.adapter_ready:
-                    pool.take(r, r.computed_tokens + tokens)
-                    chunks.append(Candidate(r, tokens))
-                    left -= tokens
+                self._chunk(r)
+                began.add(r.request_id)
                 continue
-            if closed:
+            self.looked_at.append(r)
+            idle = not alive and not self.chunks
+            need = self.room.needed(r, r.total_tokens)
+            if not self._may_use_adapter(r, idle, blocked):
                 continue
-            if r.adapter is not None:
-                held = resident | {r.adapter}
-                if claim is not None and (alive or chunks):  # an idle device waits for nobody's load
-                    held.add(claim)
-                if len(held) > state.max_adapters:
-                    since = blocked[r.request_id] = self._blocked_since.get(r.request_id, state.now)
-                    if claim is None and state.now - since >= self._config.drain_after:
-                        claim = r.adapter
-                    continue
-                if not r.adapter_ready:
-                    # Once kept out by residency it stays a claimant while its adapter loads; else the place that
-                    # was drained for it would go to the next request of a resident adapter.
-                    if r.request_id in self._blocked_since:
-                        since = blocked[r.request_id] = self._blocked_since[r.request_id]
-                        if claim is None and state.now - since >= self._config.drain_after:
-                            claim = r.adapter
-                    continue
-            need = pool.needed(r, r.total_tokens)
-            if not alive and not chunks and need > pool.free:
-                unservable.append(r.request_id)
+            if need > self.room.share(r.tenant) or (idle and need > self.room.free):
+                self.unservable.append(r.request_id)
                 continue
-            if left <= 0 or places <= 0 or need > (spare if alive or chunks else pool.free):
-                closed = True
+            own = need + self._own_reserve(r, alive) <= self.room.left_of_share(r.tenant)
+            if not own or not self._crowd.has_room(r.tenant, self._share.is_least(r.tenant)):
+                self.kept_back[r.tenant] = CROWD if own else SHARE
+                self._lineup.shut(r.tenant)
                 continue
+            if self._left <= 0 or places <= 0 or need > (self.room.free if idle else spare):
+                self.closed_by = TURN if self._left <= 0 else PLACES if places <= 0 else BLOCKS
+                break
             places -= 1
             spare -= need
-            tokens = min(want, left)
-            pool.take(r, r.computed_tokens + tokens)
-            chunks.append(Candidate(r, tokens))
-            left -= tokens
-            if r.adapter is not None:
-                resident.add(r.adapter)
-        waiting = {r.request_id for r in prompts} if closed else blocked.keys()
-        kept = {k: v for k, v in self._blocked_since.items() if k in waiting and k not in blocked}
-        self._blocked_since = kept | blocked
-        return chunks
+            self._crowd.admit(r.tenant)
+            self.room.claim(r, need)
+            self._chunk(r)
+            self.room.use(r)
+        self.go_on(r for r in prompts if r.request_id not in began)
+        self._remember(blocked)
+
+    def go_on(self, prompts: Iterable[RequestState]) -> None:
+        """Chunks for running prompts only."""
+        for r in prompts:
+            self._chunk(r)
+
+    def _chunk(self, r: RequestState) -> None:
+        tokens = min(r.total_tokens - r.computed_tokens, self._left, self.room.tokens(r))
+        if tokens > 0 and r.adapter_ready:
+            self.room.take(r, r.computed_tokens + tokens)
+            self.chunks.append(Candidate(r, tokens))
+            self._left -= tokens
+
+    def _own_reserve(self, request: RequestState, alive: list[RequestState]) -> int:
+        """Of a tenant's share, what its growing streams are left; nothing where it has no share of its own."""
+        if request.tenant not in self._state.limits:
+            return 0
+        return ceil(self._config.decode_reserve * sum(r.tenant == request.tenant for r in alive))
+
+    def _may_use_adapter(self, r: RequestState, idle: bool, blocked: dict[str, float]) -> bool:
+        if r.adapter is None:
+            return True
+        has_pages = self.room.has_pages(r)
+        # An idle device waits for nobody's load.
+        has_place = self.room.has_place(r.adapter, None if idle else self._claim)
+        # Once kept out by residency a request stays a claimant while its adapter loads; else the place that was drained
+        # for it would go to the next request of a resident adapter.
+        if not (has_pages and has_place) or (not r.adapter_ready and r.request_id in self._was_blocked):
+            since = blocked[r.request_id] = self._was_blocked.get(r.request_id, self._state.now)
+            if self._state.now - since >= self._config.drain_after:
+                if not has_pages:
+                    self._lineup.shut(r.tenant)
+                elif self._claim is None:
+                    self._claim = r.adapter
+        if has_pages and has_place and r.adapter_ready:
+            return True
+        self.kept_back[r.request_id] = PAGES if not has_pages else RESIDENCY if not has_place else LOADING
+        return False
+
+    def _remember(self, blocked: dict[str, float]) -> None:
+        """Since when who is blocked: who came up and was not is forgotten, and so is who is gone."""
+        if self._was_blocked:
+            came_up = {r.request_id for r in self.looked_at}
+            waiting = {r.request_id for r in self._state.requests if not r.running}
+            blocked |= {k: v for k, v in self._was_blocked.items() if k in waiting and k not in came_up}
+        self.blocked_since = blocked
 
 
-class _Pool:
-    """Blocks that are left while a plan is being made."""
-
-    __slots__ = ("free", "size")
-
-    def __init__(self, free: int, size: int) -> None:
-        self.free = free
-        self.size = size
-
-    def needed(self, request: RequestState, tokens: int) -> int:
-        """Blocks that `request` lacks for its first `tokens` tokens."""
-        return max(0, -(-tokens // self.size) - request.blocks_held)
-
-    def room(self, request: RequestState) -> int:
-        """Tokens that `request` can run with its own blocks and all free ones."""
-        return (request.blocks_held + max(0, self.free)) * self.size - request.computed_tokens
-
-    def take(self, request: RequestState, tokens: int) -> None:
-        self.free -= self.needed(request, tokens)
-
-
-def _decoding(request: RequestState) -> bool:
-    return request.running and request.output_tokens > 0 and request.total_tokens - request.computed_tokens == 1
-
-
-def _in_order(state: SchedulerState) -> tuple[list[RequestState], list[RequestState]]:
-    """(all running requests, all requests with a prompt to run, waiting ones included), both in service order."""
-    first: list[RequestState] = []
-    batch: list[RequestState] = []
-    overdue = 0
-    for r in state.requests:
-        if r.slo_class != "batch":
-            first.append(r)
-        else:
-            batch.append(r)
-            if r.ttft_deadline <= state.now and not _decoding(r):
-                overdue = len(batch)
-    if overdue:
-        promoted = {r.request_id for r in batch[:overdue]}
-        first = [r for r in state.requests if r.slo_class != "batch" or r.request_id in promoted]
-    ordered = first + batch[overdue:]
-    return [r for r in ordered if r.running], [r for r in ordered if not _decoding(r)]
-
-
-def _run_decodes(running: list[RequestState], pool: _Pool) -> tuple[list[RequestState], list[str], list[str]]:
+def _run_decodes(running: list[RequestState], room: Room) -> tuple[list[RequestState], list[str], list[str]]:
     """(decodes that run, requests that give their blocks back, requests that can never go on)."""
     alive = list(running)
     decodes: list[RequestState] = []
     preempted: list[str] = []
     unservable: list[str] = []
+
+    def step_back(r: RequestState) -> None:
+        alive.remove(r)
+        preempted.append(r.request_id)
+        room.give_back(r)
+
     for r in running:
-        if not _decoding(r) or not r.adapter_ready:
+        if not r.decoding or not r.adapter_ready or r.request_id in preempted:
             continue
-        if r.request_id in preempted:
-            break  # victims are taken from the end: nothing behind it is left
-        need = pool.needed(r, r.total_tokens)
-        while need > pool.free and len(alive) > 1 and alive[-1] is not r:
-            victim = alive.pop()
-            preempted.append(victim.request_id)
-            pool.free += victim.blocks_held - victim.blocks_shared
-        if need <= pool.free:
-            pool.free -= need
+        need = room.needed(r, r.total_tokens)
+        if not need:
             decodes.append(r)
-        elif len(alive) > 1:
-            alive.pop()
-            preempted.append(r.request_id)
-            pool.free += r.blocks_held - r.blocks_shared
+            continue
+        own = [o for o in alive if o.tenant == r.tenant] if need > room.left_of_share(r.tenant) else []
+        while need > room.left_of_share(r.tenant) and own[-1] is not r:
+            step_back(own.pop())
+        while need > room.free and alive[-1] is not r:
+            step_back(alive[-1])
+        if need <= min(room.free, room.left_of_share(r.tenant)):
+            room.take(r, r.total_tokens)
+            room.claim(r, need)
+            decodes.append(r)
+        elif len(alive) > 1 and (need > room.free or len(own) > 1):
+            step_back(r)
         elif not preempted:
             unservable.append(r.request_id)
         # else: it waits one iteration; blocks that the victims shared with each other show as free in the next state
     return decodes, preempted, unservable
 
 
-def _wanted(requests: list[RequestState], most: int) -> tuple[str, ...]:
-    wanted: dict[str, None] = {}
-    for r in requests:
+def _wanted(ahead: Iterable[RequestState], others: Iterable[RequestState], most: int) -> tuple[str, ...]:
+    wanted = {r.adapter: None for r in ahead if r.adapter is not None}
+    for r in others:
+        if len(wanted) >= most:
+            break
         if r.adapter is not None:
-            if len(wanted) == most and r.adapter not in wanted:
-                break
             wanted[r.adapter] = None
-    return tuple(wanted)
+    return tuple(wanted)[:most]

@@ -21,8 +21,13 @@ class SchedulerConfig:
     max_units: int = 256  # training units of one iteration
     floor_share: float = 0.02  # share of time the oldest sweep of a priority gets even when the budget has no room
     drain_after: float = 1.0  # seconds blocked by residency after which an adapter's oldest request claims a place
+    credit: float = 1.0  # seconds, by weight, that a tenant may be behind the others when it comes back
+    remembered: float = 60.0  # seconds for which the promises of a tenant that has gone are still protected
+    crowd_share: float = 0.6  # of the inter-token promise: what decodes may take before a tenant's own crowd waits
     decode_reserve: float = 0.25  # free blocks a running request that admission leaves for growing streams
-    quantile: float = 0.99  # of the recent measured/predicted ratios' distribution, which the upper estimate covers
+    quantile: float = 0.99  # of recent iterations beside streams, that end within their upper estimate
+    prompt_quantile: float = 0.9  # the same, of prompts' iterations while they are being cut
+    margin_share: float = 0.75  # of the budget's room beside the requests: the most that training leaves for surprises
     forgetting: float = 0.98  # of the latency model: the weight that is left of an observation after the next one
 
     def __post_init__(self) -> None:
@@ -31,8 +36,11 @@ class SchedulerConfig:
                 raise ValueError(f"scheduler setting {name} must be positive, got {getattr(self, name)}")
         if not 0.0 <= self.floor_share < 1.0:
             raise ValueError(f"scheduler setting floor_share must be in [0, 1), got {self.floor_share}")
-        if not 0.5 <= self.quantile < 1.0:
-            raise ValueError(f"scheduler setting quantile must be in [0.5, 1), got {self.quantile}")
+        for name in ("quantile", "prompt_quantile"):
+            if not 0.5 <= getattr(self, name) < 1.0:
+                raise ValueError(f"scheduler setting {name} must be in [0.5, 1), got {getattr(self, name)}")
+        if not 0.0 <= self.margin_share < 1.0:
+            raise ValueError(f"scheduler setting margin_share must be in [0, 1), got {self.margin_share}")
         if not 0.5 < self.forgetting <= 1.0:
             raise ValueError(f"scheduler setting forgetting must be in (0.5, 1], got {self.forgetting}")
         if self.min_chunk > self.max_chunk:

@@ -29,7 +29,8 @@ from coserve.scheduler.state import (
     Unit,
 )
 
-Vector = NDArray[np.float64]
+Vector = NDArray[np.float64]  # [SIZE]
+Matrix = NDArray[np.float64]  # [n, SIZE]
 
 ROW_KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 HEAD_KNOTS = (1, 4, 16, 64, 256)
@@ -76,11 +77,12 @@ class ForwardLoad:
             adapters=self.adapters + adapters,
         )
 
-    def with_ride(self, sweep: SweepState, rows: int) -> ForwardLoad:
+    def with_ride(self, sweep: SweepState, before: int, rows: int) -> ForwardLoad:
+        """`rows` rows of `sweep` that come after `before` others of its stream."""
         return replace(
             self,
             ride_rows=self.ride_rows + rows,
-            ride_work=self.ride_work + attention_work(sweep.forward_tokens, rows),
+            ride_work=self.ride_work + attention_work(before, rows),
             adapters=self.adapters + len(sweep.jobs),
         )
 
@@ -141,40 +143,62 @@ def _forward(load: ForwardLoad) -> list[float]:
 
 
 def overhead_vector() -> Vector:
+    return _unit_vector(OVERHEAD)
+
+
+def ride_line(load: ForwardLoad, rows: int, jobs: int) -> tuple[Vector, Vector]:
+    """As `base_vector`, with `rows` rows of a sweep of `jobs` jobs riding along: (what does not depend on their
+    attention products, a million of those)."""
+    with_rows = replace(load, ride_rows=load.ride_rows + rows, adapters=load.adapters + jobs)
+    return base_vector(with_rows), _unit_vector(RIDE + 2)
+
+
+def head_line(rows: int) -> tuple[Vector, Vector]:
+    """(a head unit, all sub-steps of a batch of `rows` label rows)."""
+    v = [0.0] * SIZE
+    v[HEAD + 1] = 1.0
+    buckets(v, HEAD + 2, HEAD_KNOTS, rows)
+    return _unit_vector(HEAD), np.array(v)
+
+
+def backward_line(tokens: int) -> tuple[Vector, Vector]:
+    """(one layer's backward of `tokens` rows, a million attention products of it)."""
+    v = [0.0] * SIZE
+    v[BACKWARD] = 1.0
+    buckets(v, BACKWARD + 1, UNIT_KNOTS, tokens)
+    return np.array(v), _unit_vector(BACKWARD + len(UNIT_KNOTS))
+
+
+def slice_line(tokens: int) -> tuple[Vector, Vector]:
+    """(a forward unit, `tokens` rows through the whole depth)."""
+    v = [0.0] * SIZE
+    v[SLICE + 1] = 1.0
+    buckets(v, SLICE + 2, UNIT_KNOTS, tokens)
+    return _unit_vector(SLICE), np.array(v)
+
+
+def _unit_vector(index: int) -> Vector:
     v = np.zeros(SIZE)
-    v[OVERHEAD] = 1.0
+    v[index] = 1.0
     return v
 
 
 def head_vector(rows: int, share: float) -> Vector:
     """A head unit that takes a batch of `rows` label rows through the share `share` (0 … 1) of its sub-steps."""
-    v = [0.0] * SIZE
-    v[HEAD + 1] = 1.0
-    buckets(v, HEAD + 2, HEAD_KNOTS, rows)
-    for i in range(HEAD + 1, BACKWARD):
-        v[i] *= share
-    v[HEAD] = 1.0
-    return np.array(v)
+    fixed, slope = head_line(rows)
+    return fixed + share * slope
 
 
 def backward_vector(tokens: int, before: int) -> Vector:
     """One layer's backward of `tokens` rows with `before` rows ahead of them in the stream."""
-    v = [0.0] * SIZE
-    v[BACKWARD] = 1.0
-    buckets(v, BACKWARD + 1, UNIT_KNOTS, tokens)
-    v[BACKWARD + len(UNIT_KNOTS)] = attention_work(before, tokens) / 1e6
-    return np.array(v)
+    fixed, slope = backward_line(tokens)
+    return fixed + attention_work(before, tokens) / 1e6 * slope
 
 
 def slice_vector(tokens: int, depth: float) -> Vector:
     """A forward unit of `tokens` rows over the share `depth` (0 … 1) of the layers."""
-    v = [0.0] * SIZE
-    v[SLICE + 1] = 1.0
-    buckets(v, SLICE + 2, UNIT_KNOTS, tokens)
-    for i in range(SLICE + 1, SIZE):
-        v[i] *= depth
-    v[SLICE] = 1.0
-    return np.array(v)
+    fixed, slope = slice_line(tokens)
+    return fixed + depth * slope
 
 
 Shape = tuple[type[Unit], int, float]  # rows; then backward: rows before; else: the share of its layers or sub-steps
@@ -213,6 +237,16 @@ class PlanFeatures:
     overhead: Vector
 
     @property
+    def kind(self) -> str:
+        """As far as its scatter goes (`margin.KINDS`)."""
+        forward = self.forward if self.forward is not None else self.overhead
+        if not (forward[DECODE] or forward[PREFILL]):
+            return "alone"
+        if self.units or forward[RIDE]:
+            return "training"
+        return "prompt" if forward[PREFILL] else "decode"
+
+    @property
     def parts(self) -> tuple[Vector, ...]:
         """What is predicted separately: forward and overhead together, then the units."""
         base = self.overhead if self.forward is None else self.overhead + self.forward
@@ -237,16 +271,18 @@ def plan_load(plan: Plan, requests: Mapping[str, RequestState], sweeps: Mapping[
         adapters=len(adapters - {None}),
     )
     for ride in plan.rides:
-        load = load.with_ride(sweeps[ride.sweep_id], ride.tokens)
+        sweep = sweeps[ride.sweep_id]
+        load = load.with_ride(sweep, sweep.forward_tokens, ride.tokens)
     return load
 
 
 def plan_features(plan: Plan, state: SchedulerState) -> PlanFeatures:
     """The features of any plan that fits `state`, also of one that this scheduler did not make (calibration)."""
-    requests = {r.request_id: r for r in state.requests}
+    named = {*plan.decodes, *(p.request_id for p in plan.prefills)}
+    requests = {r.request_id: r for r in state.requests if r.request_id in named}
     sweeps = {s.sweep_id: s for s in state.sweeps}
     load = plan_load(plan, requests, sweeps)
-    progress = {number: SweepProgress(sweep) for number, sweep in sweeps.items()}
+    progress = {u.sweep_id: SweepProgress(sweeps[u.sweep_id]) for u in plan.units}
     units = []
     vectors: dict[Shape, Vector] = {}  # a plan may hold hundreds of units, of a few shapes
     for unit in plan.units:

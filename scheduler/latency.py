@@ -19,34 +19,25 @@ that it has not seen for a while.
 - *Prior*: the relative costs of rows and units measured on a CPU, with a standard deviation of their own size and
   one of twice that for the scale of each kind of part. The first observation sets the scale of all of them, the first
   one of a part on its own the scale of that kind.
-- *Upper estimate*: factor · θ·x + √(xᵀPx), summed over parts; factor = (the configured quantile of a normal
-  distribution with the median and upper quartile of the last 32 measured/predicted ratios) · boost. Fitting the
-  middle keeps a few iterations in ten that something else slowed from widening the margin of all others. A margin
-  that follows the tail itself (the ratios' measured 99% quantile) was tried on two cores shared with the clients: at
-  a promise of two decode steps it left training next to nothing and made first tokens late. After an iteration
-  longer than its upper estimate, boost grows by the same ratio (at most 1.5x at once); it halves every iteration.
-  Sums of upper estimates are upper estimates, so a planner may add units one at a time.
+- *Upper estimate*: √(xᵀPx) per part is what θ does not know; `margin` learns how far measurements scatter about the
+  mean. Sums of upper estimates are upper estimates, so a planner may add units one at a time.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from math import sqrt
-from statistics import NormalDist
 
 import numpy as np
 
 from coserve.scheduler import features as at
-from coserve.scheduler.features import PlanFeatures, Vector
+from coserve.scheduler.features import Matrix, PlanFeatures, Vector
+from coserve.scheduler.margin import Margins
 
 _SMALLEST_SPREAD = 0.02
-_SMALLEST_FACTOR = 1.02
 _FLOOR = 1e-6  # of the prior variance: less than that is rounding
-_LARGEST_FACTOR = 2.0
-_KEPT_RATIOS = 32
-_QUARTILE = NormalDist().inv_cdf(0.75)  # of a standard normal distribution
-_LARGEST_BOOST = 3.0
+# Of work that grows along one direction, x = fixed + s · slope: coefficients in s of its mean (2) and variance (3).
+Line = tuple[float, float, float, float, float]
 _BLOCKS = {
     "forward": slice(at.FORWARD, at.OVERHEAD),
     "overhead": slice(at.OVERHEAD, at.HEAD),
@@ -57,8 +48,8 @@ _BLOCKS = {
 
 
 class LatencyModel:
-    def __init__(self, quantile: float, forgetting: float) -> None:
-        self._deviations = NormalDist().inv_cdf(quantile)
+    def __init__(self, quantile: float, prompt_quantile: float, forgetting: float) -> None:
+        self.margins = Margins(quantile, prompt_quantile)
         self._forgetting = 1.0 / forgetting - 1.0
         self._theta = _prior()
         self._covariance = _prior_covariance(self._theta)
@@ -66,35 +57,36 @@ class LatencyModel:
         self._scaled: set[str] = set()
         self._spread: dict[str, float] = {}
         self._last_relative: dict[str, float] = {}
-        self._ratios: deque[float] = deque([1.0, 1.2], maxlen=_KEPT_RATIOS)
-        self._factor = 1.2
-        self._boost = 1.0
         self._run_of_outliers: dict[str, int] = {}
         self.observations = 0
 
-    @property
-    def factor(self) -> float:
-        """What an upper estimate multiplies the mean by."""
-        return self._factor * self._boost
-
-    @property
-    def error(self) -> float:
-        """Median of |measured / predicted − 1| over the last 64 iterations."""
-        return float(np.median(np.abs(np.array(self._ratios) - 1.0)))
-
     def part(self, x: Vector) -> tuple[float, float]:
-        """(mean, upper) seconds of one part."""
-        mean = float(x @ self._theta)
+        """(mean, deviation) seconds of one part."""
         variance = float(x @ self._covariance @ x)
-        return mean, self.factor * mean + (sqrt(variance) if variance > 0.0 else 0.0)
+        return float(x @ self._theta), sqrt(variance) if variance > 0.0 else 0.0
+
+    def lines(self, fixed: Matrix, slope: Matrix) -> list[Line]:
+        """The lines of n kinds of work; `fixed` and `slope` are [n, SIZE]."""
+        covered = fixed @ self._covariance
+        return list(
+            zip(
+                (fixed @ self._theta).tolist(),
+                (slope @ self._theta).tolist(),
+                (covered * fixed).sum(1).tolist(),
+                (2.0 * (covered * slope).sum(1)).tolist(),
+                ((slope @ self._covariance) * slope).sum(1).tolist(),
+                strict=True,
+            )
+        )
 
     def predict(self, features: PlanFeatures) -> tuple[float, float]:
         """(mean, upper) seconds of a whole iteration."""
         estimates = self.parts(features)
-        return sum(e[0] for e in estimates), sum(e[1] for e in estimates)
+        mean = sum(e[0] for e in estimates)
+        return mean, self.margins.upper(features.kind, mean, sum(e[1] for e in estimates))
 
     def parts(self, features: PlanFeatures) -> list[tuple[float, float]]:
-        """(mean, upper) of every entry of `features.parts`; units that share a vector are asked once."""
+        """(mean, deviation) of every entry of `features.parts`; units that share a vector are asked once."""
         known: dict[int, tuple[float, float]] = {}
         estimates = []
         for x in features.parts:
@@ -122,7 +114,7 @@ class LatencyModel:
         if self.observations == 0:
             self._rescale(slice(0, at.SIZE), seconds / self.predict(features)[0])
         else:
-            self._feed_back(*self.predict(features), seconds)
+            self.margins.observe(features.kind, *self.predict(features), seconds)
         self.observations += 1
         self._learn(features, seconds, dict(parts or {}))
 
@@ -159,17 +151,6 @@ class LatencyModel:
         self._prior_variance[block] *= ratio * ratio
         self._covariance[block, :] *= ratio
         self._covariance[:, block] *= ratio
-
-    def _feed_back(self, mean: float, upper: float, seconds: float) -> None:
-        ratio = seconds / mean if mean > 0.0 else _LARGEST_FACTOR
-        self._ratios.append(ratio)
-        middle, quarter = np.quantile(np.array(self._ratios), (0.5, 0.75))
-        fitted = float(middle + self._deviations * (quarter - middle) / _QUARTILE)
-        self._factor = min(_LARGEST_FACTOR, max(_SMALLEST_FACTOR, fitted))
-        if seconds > upper:
-            self._boost = min(_LARGEST_BOOST, self._boost * min(1.5, seconds / upper if upper > 0.0 else 1.5))
-        else:
-            self._boost = 1.0 + 0.5 * (self._boost - 1.0)
 
     def _update(self, kind: str, x: Vector, y: float) -> None:
         if kind in _BLOCKS and kind not in self._scaled and y > 0.0:

@@ -6,12 +6,10 @@ calls made to it, with no clock, no I/O and no randomness: the same calls give t
 One plan, in this order:
 
 1. *Decodes and queue* (`admission`): all running decodes, then the prompts that memory, places and adapters allow.
-2. *Prompt chunks*: the largest total of prompt tokens whose predicted iteration stays inside the inter-token budget,
+2. *Prompt chunks* (`chunks`): the most prompt tokens whose predicted iteration stays inside the inter-token budget,
 
-       budget = min(itl_seconds, min over running streams of (itl_deadline − now))
+       budget = min(itl_seconds, min over running streams of (itl_deadline − now)).
 
-   at most `max_chunk`; without running streams nothing needs protection and the chunk is as large as it may be. When
-   nothing fits, `min_chunk` tokens run all the same if a first token would otherwise be late.
 3. *Training* (`training`) fills what is left of the budget, less what first tokens still need: a prompt that goes on
    after this iteration is owed deadline − now − (its remaining iterations). In an iteration that no stream shares the
    budget is one inter-token promise, because a request may arrive; a training unit larger than that still runs.
@@ -24,27 +22,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from coserve.scheduler.admission import Admission, AdmissionPolicy, Candidate
+from coserve.scheduler.admission import Admission, AdmissionPolicy
+from coserve.scheduler.chunks import ChunkPolicy, cut, first_token_slack, with_chunks
 from coserve.scheduler.config import SchedulerConfig
+from coserve.scheduler.costs import Costs
+from coserve.scheduler.crowd import Crowd, largest_crowd
+from coserve.scheduler.device_cost import device_cost, row_seconds
+from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.features import (
     ForwardLoad,
     PlanFeatures,
-    attention_work,
     forward_vector,
     plan_features,
     plan_load,
 )
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.state import Plan, Prefill, SchedulerState
-from coserve.scheduler.training import Costs, TrainingPolicy
+from coserve.scheduler.training import TrainingPolicy
 
 
 class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.model = LatencyModel(config.quantile, config.forgetting)
+        self.model = LatencyModel(config.quantile, config.prompt_quantile, config.forgetting)
+        self.share = FairShare(config.credit, config.remembered)
         self._admission = AdmissionPolicy(config)
+        self._chunks = ChunkPolicy(config)
         self._training = TrainingPolicy(config)
+        self._costs = Costs(self.model)
 
     def plan(self, state: SchedulerState) -> Plan:
         """The next iteration's work. Empty only if nothing can run now.
@@ -53,8 +58,12 @@ class Scheduler:
         are to be ended with an error by the caller. `adapters` is for the loader: without regard for it, requests of
         evicted adapters may wait for each other.
         """
-        costs = Costs(self.model)
-        admission = self._admission.decide(state)
+        costs = self._costs
+        costs.begin()
+        self.share.meet(state)
+        if self.share.tenants > 1:
+            self.share.row_seconds = row_seconds(self.model)
+        admission = self._admission.decide(state, self.share, self._crowd(state, costs))
         budget = self._budget(state, admission)
         adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
         decode_load = ForwardLoad(
@@ -63,11 +72,12 @@ class Scheduler:
             logit_rows=len(admission.decodes),
             adapters=len(adapters),
         )
-        tokens = self._chunk(state.now, admission, decode_load, adapters, budget, costs)
-        load = _with_chunks(decode_load, admission.candidates, tokens, adapters)
-        slack = _first_token_slack(state.now, admission.candidates, tokens, costs.base(load)[1])
-        training = self._training.fill(state.sweeps, load, min(budget, slack), costs)
-        prefills = tuple(Prefill(c.request.request_id, n) for c, n in _cut(admission.candidates, tokens))
+        tokens = self._chunks.tokens(state.now, admission.candidates, decode_load, adapters, budget, costs)
+        load = with_chunks(decode_load, admission.candidates, tokens, adapters)
+        serving = costs.serving(load)
+        slack = first_token_slack(state.now, admission.candidates, tokens, serving[1])
+        training = self._training.fill(self.share.order_sweeps(state.sweeps), load, min(budget, slack), costs)
+        prefills = tuple(Prefill(c.request.request_id, n) for c, n in cut(admission.candidates, tokens))
         plan = Plan(
             decodes=tuple(r.request_id for r in admission.decodes),
             prefills=prefills,
@@ -78,7 +88,8 @@ class Scheduler:
             adapters=admission.adapters,
             budget_seconds=budget,
         )
-        return plan if plan.empty else replace(plan, predicted_seconds=training.mean, upper_seconds=training.upper)
+        mean, upper = serving if training.empty else (training.mean, training.upper)
+        return plan if plan.empty else replace(plan, predicted_seconds=mean, upper_seconds=upper)
 
     def observe(
         self,
@@ -102,7 +113,21 @@ class Scheduler:
         features = plan_features(plan, state)
         trained = self._trained_seconds(plan, state, features, seconds)
         self.model.observe(features, seconds, parts)
-        self._training.settle(state.sweeps, seconds, trained)
+        self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
+        self.share.charge(device_cost(plan, state, seconds, trained, self.model))
+
+    def _crowd(self, state: SchedulerState, costs: Costs) -> Crowd:
+        if not self.share.shared:
+            return Crowd()
+        contexts = [r.total_tokens for r in state.requests if r.running]
+        context = sum(contexts) // max(1, len(contexts))
+
+        def seconds(streams: int) -> float:
+            return costs.base(ForwardLoad(streams, streams * context, logit_rows=streams))[0]
+
+        promise = self.config.itl_seconds
+        least = largest_crowd(seconds, self.config.crowd_share * promise)
+        return Crowd(least, largest_crowd(seconds, promise), self.share.parts(least))
 
     def _budget(self, state: SchedulerState, admission: Admission) -> float:
         budget = self.config.itl_seconds
@@ -110,44 +135,6 @@ class Scheduler:
             if r.itl_deadline is not None:
                 budget = min(budget, r.itl_deadline - state.now)
         return budget
-
-    def _chunk(
-        self,
-        now: float,
-        admission: Admission,
-        decodes: ForwardLoad,
-        adapters: set[str],
-        budget: float,
-        costs: Costs,
-    ) -> int:
-        """Prompt tokens of this iteration, all candidates together."""
-        candidates = admission.candidates
-        total = min(self.config.max_chunk, sum(c.tokens for c in candidates))
-        if total == 0 or not admission.decodes:
-            return total
-
-        def fits(tokens: int) -> bool:
-            return costs.base(_with_chunks(decodes, candidates, tokens, adapters))[1] <= budget
-
-        least = min(self.config.min_chunk, total)
-        if budget > 0.0:
-            if fits(total):
-                return total
-            size, above = total // 2, total
-            while size >= least:
-                if fits(size):
-                    middle = (size + above) // 2
-                    return middle if fits(middle) else size
-                size, above = size // 2, size
-            if fits(least):
-                return least
-        seconds = costs.base(_with_chunks(decodes, candidates, least, adapters))[1]
-        ahead = 0
-        for c in candidates:
-            ahead += c.request.total_tokens - c.request.computed_tokens
-            if now + -(-ahead // least) * seconds >= c.request.ttft_deadline:
-                return least
-        return 0
 
     def _trained_seconds(
         self, plan: Plan, state: SchedulerState, features: PlanFeatures, seconds: float
@@ -167,42 +154,3 @@ class Scheduler:
                 trained[ride.sweep_id] = trained.get(ride.sweep_id, 0.0) + extra * ride.tokens / rows
         whole = sum(means)
         return {k: v * seconds / whole for k, v in trained.items()} if whole > 0.0 else {}
-
-
-def _cut(candidates: tuple[Candidate, ...], tokens: int) -> list[tuple[Candidate, int]]:
-    """The first `tokens` tokens of the candidates' chunks, in order."""
-    cut = []
-    for c in candidates:
-        if tokens <= 0:
-            break
-        n = min(c.tokens, tokens)
-        cut.append((c, n))
-        tokens -= n
-    return cut
-
-
-def _with_chunks(
-    decodes: ForwardLoad, candidates: tuple[Candidate, ...], tokens: int, adapters: set[str]
-) -> ForwardLoad:
-    rows = work = finished = 0
-    more = set()
-    for c, n in _cut(candidates, tokens):
-        r = c.request
-        rows += n
-        work += attention_work(r.computed_tokens, n)
-        finished += r.computed_tokens + n >= r.total_tokens
-        if r.adapter is not None and r.adapter not in adapters:
-            more.add(r.adapter)
-    return decodes.with_prefill(rows, work, finished, len(more)) if rows else decodes
-
-
-def _first_token_slack(now: float, candidates: tuple[Candidate, ...], tokens: int, seconds: float) -> float:
-    """Seconds this iteration may last so that no first token of `candidates` is late: those that end in it are due at
-    its end, the others need (tokens ahead of them) / (tokens an iteration) more iterations of `seconds`."""
-    slack = float("inf")
-    ahead = -tokens
-    for c in candidates:
-        ahead += c.request.total_tokens - c.request.computed_tokens
-        more = -(-ahead // max(tokens, 1)) * seconds if ahead > 0 else 0.0
-        slack = min(slack, c.request.ttft_deadline - now - more)
-    return slack

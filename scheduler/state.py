@@ -7,7 +7,8 @@ backward together; its sequences may belong to several jobs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,19 @@ class RequestState:
     itl_deadline: float | None  # when the next token of a running stream is due; None before the first
     running: bool  # False: still in the waiting queue, holds no blocks
     blocks_shared: int = 0  # of blocks_held, those that other requests hold too: a preemption would not free them
+    adapter_pages: int = 0  # of its adapter in the pool; 0: none, or not known yet
+
+    @property
+    def decoding(self) -> bool:
+        return self.running and self.total_tokens - self.computed_tokens == 1 and self.output_tokens > 0
+
+
+@dataclass(frozen=True, slots=True)
+class TenantLimit:
+    """The most that one tenant's running requests may hold at once; None: whatever there is."""
+
+    blocks: int | None = None  # K/V blocks
+    adapter_pages: int | None = None  # of distinct adapters; one adapter may always be there
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +56,7 @@ class SweepJob:
     tenant: str
     weight: float
     priority: str  # "normal" | "low"
+    rows: int = 0  # of the sweep's stream that are this job's; 0: not known, all jobs alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +99,7 @@ class SchedulerState:
     block_size: int
     max_running: int
     max_adapters: int  # how many distinct adapters the pool can hold at once (a lower bound)
+    limits: Mapping[str, TenantLimit] = field(default_factory=dict)  # of tenants that have any
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,71 +20,23 @@ the budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from coserve.scheduler.config import SchedulerConfig
-from coserve.scheduler.features import (
-    ForwardLoad,
-    Vector,
-    backward_vector,
-    base_vector,
-    coarse,
-    head_vector,
-    slice_vector,
-)
-from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.costs import Cost, Costs, most
+from coserve.scheduler.features import ForwardLoad
 from coserve.scheduler.progress import SweepProgress
-from coserve.scheduler.state import ForwardUnit, Ride, SweepState, Unit
+from coserve.scheduler.state import Ride, SweepState, Unit
 
 PRIORITIES = ("normal", "low")
-Cost = tuple[float, float]  # (mean, upper) seconds
+Stand = tuple[int, ...]
 
 
 def priority_of(sweep: SweepState) -> str:
     """A sweep that carries any normal job is normal."""
     return "low" if sweep.jobs and all(job.priority == "low" for job in sweep.jobs) else "normal"
-
-
-class Costs:
-    """The latency model's answers, each asked once a plan.
-
-    `whole` is the full size of such a unit: a smaller one never takes longer, however little is known about it.
-    """
-
-    def __init__(self, model: LatencyModel) -> None:
-        self._model = model
-        self._known: dict[tuple[object, ...], Cost] = {}
-
-    def _cost(self, key: tuple[object, ...], vector: Callable[[], Vector]) -> Cost:
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = self._model.part(vector())
-        return known
-
-    def base(self, load: ForwardLoad) -> Cost:
-        """The packed forward with the iteration's overhead (where only whole iterations are timed, their sum is known
-        much better than either)."""
-        return self._cost(("base", load), lambda: base_vector(load))
-
-    def head(self, rows: int, steps: int, of: int, whole: int) -> Cost:
-        """`steps` of the `of` sub-steps of a batch of `rows` label rows; `whole` rows are the largest batch."""
-        cost = self._cost(("head", rows, steps, of), lambda: head_vector(rows, steps / of))
-        if steps < of:
-            return _no_more_than(cost, self.head(rows, of, of, whole))
-        return cost if rows >= whole else _no_more_than(cost, self.head(whole, of, of, whole))
-
-    def backward(self, tokens: int, before: int, whole: int) -> Cost:
-        before = coarse(before)
-        cost = self._cost(("backward", tokens, before), lambda: backward_vector(tokens, before))
-        return cost if tokens >= whole else _no_more_than(cost, self.backward(whole, before, whole))
-
-    def slice(self, tokens: int, layers: int, of: int) -> Cost:
-        return self._cost(("slice", tokens, layers, of), lambda: slice_vector(tokens, layers / of))
-
-
-def _no_more_than(cost: Cost, larger: Cost) -> Cost:
-    return (cost[0], min(cost[1], larger[1]))
 
 
 @dataclass(slots=True)
@@ -97,16 +49,20 @@ class TrainingPlan:
     upper: float
     rides: list[Ride] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
+    refused: set[Stand] = field(default_factory=set)  # no unit of a sweep that stands there fits any more
 
     @property
     def empty(self) -> bool:
         return not (self.rides or self.units)
 
-    def add_ride(self, ride: Ride, load: ForwardLoad, base: Cost) -> None:
-        self.rides.append(ride)
+    def add_ride(self, sweep: SweepProgress, tokens: int, base: Cost) -> None:
+        """`base`: what the packed forward costs with it."""
+        self.load = self.load.with_ride(sweep.state, sweep.forward_tokens, tokens)
+        self.rides.append(sweep.ride(tokens))
         self.mean += base[0] - self.base[0]
         self.upper += base[1] - self.base[1]
-        self.load, self.base = load, base
+        self.base = base
+        self.refused.clear()
 
     def add_unit(self, unit: Unit, cost: Cost) -> None:
         self.units.append(unit)
@@ -129,23 +85,22 @@ class TrainingPolicy:
         costs: Costs,
     ) -> TrainingPlan:
         """Plan training beside the serving work `load`, up to `budget` seconds for the whole iteration."""
+        if load.rows:
+            costs.leave_room(load, budget, self._config.margin_share)
         base = costs.base(load)
         plan = TrainingPlan(load, base, *base)
-        queues = {p: [SweepProgress(s) for s in sweeps if priority_of(s) == p] for p in PRIORITIES}
-        queues = {p: [s for s in queue if not s.done] for p, queue in queues.items()}
-        alone = load.rows == 0
-        due = next((p for p in PRIORITIES if queues[p] and self._is_due(p, queues[p][0], plan, costs)), None)
-        if due == "low":
-            order = queues["low"][:1] + queues["normal"] + queues["low"][1:]
-        else:
-            order = queues["normal"] + queues["low"]
-        if alone:
+        queues = {p: _Queue(sweeps, p) for p in PRIORITIES}
+        due = next((q for q in queues.values() if q.first is not None and self._is_due(q, plan, costs)), None)
+        order = chain(queues["normal"], queues["low"])
+        if due is not None and due.priority == "low" and due.first is not None:
+            order = chain((due.first,), queues["normal"], (s for s in queues["low"] if s is not due.first))
+        if load.rows == 0:
             self._fill_alone(order, plan, budget, costs)
         else:
             self._fill_beside(order, plan, budget, costs)
-            if due is not None and not _works_on(plan, queues[due][0].state.sweep_id):
+            if due is not None and due.first is not None and not _works_on(plan, due.first.state.sweep_id):
                 # Over the budget, but owed: the largest unit that the debt covers.
-                self._add_beside(queues[due][0], plan, plan.upper + self._owed[due], costs, mean_only=True)
+                self._add_beside(due.first, plan, plan.upper + self._owed[due.priority], costs, mean_only=True)
         return plan
 
     def settle(self, sweeps: tuple[SweepState, ...], seconds: float, trained: dict[int, float]) -> None:
@@ -160,8 +115,9 @@ class TrainingPolicy:
             # itself for an hour is not held back for it when streams come.
             self._owed[p] = max(owed, -self._config.itl_seconds)
 
-    def _is_due(self, p: str, sweep: SweepProgress, plan: TrainingPlan, costs: Costs) -> bool:
-        return self._owed[p] > 0.0 and self._next_whole(sweep, plan, costs) <= self._owed[p]
+    def _is_due(self, queue: _Queue, plan: TrainingPlan, costs: Costs) -> bool:
+        owed = self._owed[queue.priority]
+        return owed > 0.0 and queue.first is not None and self._next_whole(queue.first, plan, costs) <= owed
 
     def _next_whole(self, sweep: SweepProgress, plan: TrainingPlan, costs: Costs) -> float:
         """Mean seconds of the sweep's next unit at its full size. The floor pays for whole units only: one late
@@ -175,12 +131,12 @@ class TrainingPolicy:
             return costs.backward(tokens, sweep.rows_before_backward - tokens, sweep.state.window)[0]
         tokens = sweep.next_forward()
         if sweep.can_ride():
-            return costs.base(plan.load.with_ride(sweep.state, tokens))[0] - plan.base[0]
+            return costs.ride(plan.load, sweep.state, sweep.forward_tokens, tokens)[0] - plan.base[0]
         return costs.slice(tokens, layers - sweep.partial_layer, layers)[0]
 
     # Training alone: fixed cuts.
 
-    def _fill_alone(self, order: list[SweepProgress], plan: TrainingPlan, budget: float, costs: Costs) -> None:
+    def _fill_alone(self, order: Iterable[SweepProgress], plan: TrainingPlan, budget: float, costs: Costs) -> None:
         for sweep in order:
             while len(plan.units) < self._config.max_units and not sweep.done:
                 if not self._add_alone(sweep, plan, budget, costs):
@@ -209,11 +165,10 @@ class TrainingPolicy:
             if plan.rides or not sweep.can_ride():
                 return False
             tokens = sweep.next_forward()
-            load = plan.load.with_ride(sweep.state, tokens)
-            base = costs.base(load)
+            base = costs.ride(plan.load, sweep.state, sweep.forward_tokens, tokens)
             if base[1] - plan.base[1] > left:
                 return False
-            plan.add_ride(sweep.ride(tokens), load, base)
+            plan.add_ride(sweep, tokens, base)
         else:
             tokens = sweep.next_backward()
             cost = costs.backward(tokens, sweep.rows_before_backward - tokens, sweep.state.window)
@@ -224,15 +179,18 @@ class TrainingPolicy:
 
     # Training beside inference: cuts that fit.
 
-    def _fill_beside(self, order: list[SweepProgress], plan: TrainingPlan, budget: float, costs: Costs) -> None:
+    def _fill_beside(self, order: Iterable[SweepProgress], plan: TrainingPlan, budget: float, costs: Costs) -> None:
         for sweep in order:
-            while (
-                plan.upper < budget
-                and len(plan.units) < self._config.max_units
-                and not sweep.done
-                and self._add_beside(sweep, plan, budget, costs)
-            ):
-                pass
+            while True:
+                if plan.upper >= budget or len(plan.units) >= self._config.max_units:
+                    return
+                # What does not fit now fits less later, unless a ride changes what others cost.
+                stand = _stand(sweep)
+                if sweep.done or stand in plan.refused:
+                    break
+                if not self._add_beside(sweep, plan, budget, costs):
+                    plan.refused.add(stand)
+                    break
 
     def _add_beside(
         self, sweep: SweepProgress, plan: TrainingPlan, budget: float, costs: Costs, mean_only: bool = False
@@ -241,26 +199,28 @@ class TrainingPolicy:
         against what is left."""
         which = 0 if mean_only else 1
         left = budget - plan.upper
-        if not sweep.forward_done:
-            rows = sweep.next_head(self._config.head_rows)
-            return self._add_forward(sweep, plan, left, which, costs) or (
-                rows > 0 and self._add_head(sweep, rows, plan, left, which, costs)
-            )
         rows = sweep.next_head(self._config.head_rows)
-        if rows:
-            return self._add_head(sweep, rows, plan, left, which, costs)
-        for tokens in self._fine_sizes(sweep.next_backward()):
-            cost = costs.backward(tokens, sweep.rows_before_backward - tokens, sweep.state.window)
+        if not sweep.forward_done and self._add_forward(sweep, plan, left, which, costs):
+            return True
+        if rows or not sweep.forward_done:
+            return rows > 0 and self._add_head(sweep, rows, plan, left, which, costs)
+        whole, before, window = sweep.next_backward(), sweep.rows_before_backward, sweep.state.window
+        sizes = self._fine_sizes(whole)
+        if costs.least(costs.backward(sizes[-1], before - sizes[-1], window), which) > left:
+            return False
+        for tokens in sizes:
+            cost = costs.backward(tokens, before - tokens, window)
             if cost[which] <= left:
                 plan.add_unit(sweep.backward(tokens), cost)
                 return True
+            costs.know("backward", sizes)
         return False
 
     def _add_head(
         self, sweep: SweepProgress, rows: int, plan: TrainingPlan, left: float, which: int, costs: Costs
     ) -> bool:
         """As many sub-steps of a batch of `rows` rows as fit."""
-        steps = _most(sweep.head_steps_left, left, lambda n: self._head_cost(sweep, rows, n, costs)[which])
+        steps = most(sweep.head_steps_left, left, lambda n: self._head_cost(sweep, rows, n, costs)[which])
         if steps:
             cost = self._head_cost(sweep, rows, steps, costs)
             plan.add_unit(sweep.head(rows, steps), cost)
@@ -271,37 +231,40 @@ class TrainingPolicy:
 
     def _add_forward(self, sweep: SweepProgress, plan: TrainingPlan, left: float, which: int, costs: Costs) -> bool:
         """A ride or some layers of a window: whatever fits and moves the most rows × layers."""
-        layers = sweep.state.layers
-        whole = sweep.next_forward()
-        ride: tuple[int, ForwardLoad, Cost] | None = None
-        if sweep.can_ride():
-            for tokens in self._sizes(whole):
-                load = plan.load.with_ride(sweep.state, tokens)
-                cost = costs.base(load)
-                if cost[which] - plan.base[which] <= left:
-                    ride = (tokens, load, cost)
-                    break
-            if ride is not None and ride[0] == whole:
-                plan.add_ride(sweep.ride(whole), ride[1], ride[2])
-                return True
-        # The window that leaves the least of the budget unused, not the quickest one: what is left is lost.
-        best: tuple[int, ForwardUnit, Cost] | None = None
-        todo = layers - (sweep.partial_layer if sweep.partial_tokens else 0)
-        for tokens in (whole,) if sweep.partial_tokens else self._fine_sizes(whole):
-            depth = _most(todo, left, lambda n, rows=tokens: costs.slice(rows, n, layers)[which])  # type: ignore[misc]
-            if depth and (best is None or tokens * depth > best[0]):
-                best = (
-                    tokens * depth,
-                    ForwardUnit(sweep.state.sweep_id, tokens, depth),
-                    costs.slice(tokens, depth, layers),
-                )
-        if ride is not None and (best is None or ride[0] * layers >= best[0]):
-            plan.add_ride(sweep.ride(ride[0]), ride[1], ride[2])
+        layers, whole = sweep.state.layers, sweep.next_forward()
+        ride = self._best_ride(sweep, plan, left, which, costs) if sweep.can_ride() else None
+        if ride is not None and ride[0] == whole:
+            plan.add_ride(sweep, *ride)
             return True
-        if best is None:
+        # The window that leaves the least of the budget unused, not the quickest one: what is left is lost.
+        todo = layers - (sweep.partial_layer if sweep.partial_tokens else 0)
+        sizes = [whole] if sweep.partial_tokens else self._fine_sizes(whole)
+        tokens = depth = 0
+        if costs.least(costs.slice(sizes[-1], 1, layers), which) <= left:
+            costs.know("slice", sizes)
+            fitting = ((n, costs.layers_that_fit(n, todo, layers, left, which)) for n in sizes)
+            tokens, depth = max(fitting, key=lambda found: found[0] * found[1])  # of equals the largest window
+        if ride is not None and ride[0] * layers >= tokens * depth:
+            plan.add_ride(sweep, *ride)
+        elif depth:
+            plan.add_unit(sweep.forward(tokens, depth), costs.slice(tokens, depth, layers))
+        else:
             return False
-        plan.add_unit(sweep.forward(best[1].tokens, best[1].layers), best[2])
         return True
+
+    def _best_ride(
+        self, sweep: SweepProgress, plan: TrainingPlan, left: float, which: int, costs: Costs
+    ) -> tuple[int, Cost] | None:
+        """The largest ride that fits, and what the packed forward costs with it."""
+        room, sizes = left + plan.base[which], self._sizes(sweep.next_forward())
+        smallest = costs.ride(plan.load, sweep.state, sweep.forward_tokens, sizes[-1])
+        if costs.least(smallest, which) > room - which * costs.margin(plan.load):
+            return None
+        for tokens in sizes:
+            cost = costs.ride(plan.load, sweep.state, sweep.forward_tokens, tokens)
+            if cost[which] <= room:
+                return tokens, cost
+        return None
 
     def _fine_sizes(self, whole: int) -> list[int]:
         """`whole`, then the multiples of 32 below it, then the powers of two down to `min_window`."""
@@ -318,24 +281,28 @@ class TrainingPolicy:
         return sizes
 
 
-def _most(todo: int, left: float, seconds: Callable[[int], float]) -> int:
-    """How many of `todo` layers or sub-steps fit in `left` seconds; 0 if not even one does. `seconds(n)` of n of them
-    must not fall with n."""
-    one = seconds(1)
-    if one > left:
-        return 0
-    if todo == 1:
-        return 1
-    every = seconds(todo)
-    if every <= left:
-        return todo
-    # Nearly a straight line (an upper estimate is a linear mean plus a norm): a few steps from the chord, if any.
-    most = max(1, min(todo - 1, 1 + int((left - one) / ((every - one) / (todo - 1)))))
-    while most > 1 and seconds(most) > left:
-        most -= 1
-    while most < todo - 1 and seconds(most + 1) <= left:
-        most += 1
-    return most
+class _Queue:
+    """The sweeps of one priority that have work left, in order; each becomes a progress when it is looked at."""
+
+    def __init__(self, sweeps: tuple[SweepState, ...], priority: str) -> None:
+        self.priority = priority
+        self._rest = (p for p in (SweepProgress(s) for s in sweeps if priority_of(s) == priority) if not p.done)
+        self.first = next(self._rest, None)
+
+    def __iter__(self) -> Iterator[SweepProgress]:
+        if self.first is not None:
+            yield self.first
+            yield from self._rest
+
+
+def _stand(sweep: SweepProgress) -> Stand:
+    """Whatever the cost of a sweep's next unit depends on."""
+    state = sweep.state
+    return (
+        state.layers, state.window, state.stream_tokens, len(state.jobs), state.head_steps, sweep.forward_tokens,
+        sweep.partial_tokens, sweep.partial_layer, sweep.ridden, sweep.sliced, sweep.head_ready, sweep.head_left,
+        sweep.head_partial_rows, sweep.head_partial_steps, sweep.backward_tokens,
+    )  # fmt: skip
 
 
 def _works_on(plan: TrainingPlan, sweep_id: int) -> bool:

@@ -19,6 +19,7 @@ from coserve.scheduler.state import (
     Prefill,
     RequestState,
     SchedulerState,
+    TenantLimit,
     Unit,
 )
 
@@ -46,6 +47,7 @@ class Device:
     resident: dict[str, float] = field(default_factory=dict)  # adapter -> last use
     gaps: list[float] = field(default_factory=list)  # between tokens of streams that were never preempted
     admissions: list[str] = field(default_factory=list)
+    limits: dict[str, TenantLimit] = field(default_factory=dict)  # an adapter is one page
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -63,7 +65,12 @@ class Device:
             block_size=self.block_size,
             max_running=self.max_running,
             max_adapters=self.max_adapters,
+            limits=self.limits,
         )
+
+    def cancel(self, name: str) -> None:
+        """End a request, wherever it stands. Idempotent."""
+        self.streams = [s for s in self.streams if s.name != name]
 
     def _request(self, s: Stream) -> RequestState:
         return RequestState(
@@ -79,8 +86,9 @@ class Device:
             adapter=s.adapter,
             adapter_ready=s.adapter is None or s.adapter in self.resident,
             ttft_deadline=s.arrived + s.ttft,
-            itl_deadline=None if s.last_token is None else s.last_token + self.itl,
+            itl_deadline=None if s.last_token is None else s.last_token + (s.itl or self.itl),
             running=s.running,
+            adapter_pages=s.adapter is not None,
         )
 
     def load_adapter(self, wanted: tuple[str, ...]) -> bool:
@@ -151,20 +159,21 @@ class Device:
         """As `carry_out`; also the seconds of its parts."""
         self._check_names(plan)
         self._preempt(plan.preempt)
-        factor = self.noise_factor() * self.slowdown
         parts = self.parts(plan)
         produced = self._decode(plan.decodes) + self._prefill(plan.prefills)
         self._check_residency()
         self._train(plan)
-        seconds = (sum(parts.values()) + self.card.overhead) * factor
+        quiet = sum(parts.values()) + self.card.overhead
+        seconds = self.disturbed(quiet) * self.slowdown
         self.now += seconds
         self._deliver(produced)
         self.done_sweeps += [s for s in self.sweeps if s.finished]
         self.sweeps = [s for s in self.sweeps if not s.finished]
-        return seconds, {name: value * factor for name, value in parts.items()}
+        return seconds, {name: value * seconds / quiet for name, value in parts.items()}
 
-    def noise_factor(self) -> float:
-        return self.card.noise.draw(self.random)
+    def disturbed(self, seconds: float) -> float:
+        """What an iteration that costs `seconds` takes."""
+        return self.card.noise.draw(self.random, seconds)
 
     def _check_names(self, plan: Plan) -> None:
         named = [*plan.decodes, *(p.request_id for p in plan.prefills), *plan.preempt, *plan.unservable]
@@ -204,6 +213,11 @@ class Device:
         used = {s.adapter for s in running if s.adapter is not None}
         require(len(used) <= self.max_adapters, "more adapters are used than there are places")
         require(used <= set(self.resident), "an adapter is used that is not resident")
+        for tenant, limit in self.limits.items():
+            own = [s for s in running if s.tenant == tenant]
+            blocks, pages = sum(s.blocks for s in own), len({s.adapter for s in own} - {None})
+            require(limit.blocks is None or blocks <= limit.blocks, f"{tenant} holds more blocks than its share")
+            require(limit.adapter_pages is None or pages <= max(1, limit.adapter_pages), f"{tenant} uses more pages")
         for a in used:
             self.resident[a] = self.now
 

@@ -31,6 +31,7 @@ class Stream:
     slo_class: str = "interactive"
     adapter: str | None = None
     ttft: float = 1.0  # seconds from arrival to the first token, as promised
+    itl: float | None = None  # seconds between two tokens, as promised; None: the engine's promise
     tenant: str = "t"
     weight: float = 1.0
     generated: int = 0

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from scheduler_world import Stream, Sweep, World
 
 from coserve.scheduler import Scheduler, SchedulerConfig
-from coserve.scheduler.state import Plan, SchedulerState
+from coserve.scheduler.state import Plan, SchedulerState, SweepJob, TenantLimit
 
 SEEDS = st.integers(0, 2**32 - 1)
+CANCELLED = 0.01  # of the iterations that end with a request's cancellation
 QUIET = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
@@ -34,11 +35,18 @@ def draw_world(seed: int) -> tuple[World, list[Stream], list[tuple[float, Sweep]
         seed=seed,
         speed=r.choice((0.001, 0.3, 1.0, 3.0)),
     )
-    room = world.blocks * world.block_size
+    tenants = [(f"t{i}", r.choice((1.0, 1.0, 3.0))) for i in range(r.randint(1, 3))]
+    for tenant, _ in tenants:
+        if r.random() < 0.3:
+            blocks, pages = r.choice((None, 3, world.blocks // 2)), r.choice((None, 1, 2))
+            world.limits[tenant] = TenantLimit(blocks, pages)
     streams, at = [], 0.0
     for i in range(r.randint(0, 6)):
         at += r.choice((0.0, 0.0, 0.05, 0.4)) * world.speed
         outputs = r.randint(1, 6)
+        tenant, weight = r.choice(tenants)
+        limit = world.limits.get(tenant, TenantLimit())
+        room = world.block_size * min(world.blocks, limit.blocks or world.blocks)
         streams.append(
             Stream(
                 name=f"s{i}",
@@ -48,11 +56,15 @@ def draw_world(seed: int) -> tuple[World, list[Stream], list[tuple[float, Sweep]
                 slo_class=r.choice(("interactive", "batch")),
                 adapter=r.choice((None, None, "a", "b", "c")),
                 ttft=r.choice((0.0, 0.2, 2.0)),
+                itl=r.choice((None, None, 0.5 * world.itl, 4.0 * world.itl)),
+                tenant=tenant,
+                weight=weight,
             )
         )
     sweeps = []
     for i in range(r.randint(0, 2)):
         rows = r.randint(1, 150)
+        priority = r.choice(("normal", "low"))
         sweep = Sweep(
             number=i,
             rows=rows,
@@ -60,8 +72,12 @@ def draw_world(seed: int) -> tuple[World, list[Stream], list[tuple[float, Sweep]
             layers=r.randint(1, 3),
             window=r.choice((1, 7, 64, 256)) if rows < 20 else r.choice((16, 64, 256)),
             backward=r.random() < 0.8,
-            priority=r.choice(("normal", "low")),
+            priority=priority,
             head_steps=r.choice((1, 2, 5, 32)),
+            jobs=tuple(
+                SweepJob(f"j{i}{tenant}", tenant, weight, priority)
+                for tenant, weight in r.sample(tenants, r.randint(1, len(tenants)))
+            ),
         )
         sweeps.append((r.choice((0.0, 0.1, 0.5)) * world.speed, sweep))
     return world, streams, sweeps
@@ -73,14 +89,15 @@ def can_run(state: SchedulerState) -> bool:
 
 
 def check_order(before: SchedulerState, plan: Plan) -> None:
-    """First come, first served: no request is admitted past an older one of its class without an adapter."""
+    """No request is admitted past one of its tenant and class without an adapter that is due before it."""
     running = {r.request_id for r in before.requests if r.running}
     named = {p.request_id for p in plan.prefills}
     for newer in (r for r in before.requests if r.request_id in named - running):
         for older in before.requests:
             if older.request_id == newer.request_id:
                 break
-            if older.slo_class == newer.slo_class and older.adapter is None and not older.running:
+            alike = (older.slo_class, older.tenant) == (newer.slo_class, newer.tenant)
+            if alike and older.ttft_deadline <= newer.ttft_deadline and older.adapter is None and not older.running:
                 assert older.request_id in named, f"{newer.request_id} was admitted before {older.request_id}"
 
 
@@ -88,6 +105,7 @@ def run(seed: int, schedulers: list[Scheduler], floor: float) -> World:
     """Drive one world to its end with the first scheduler; the others must agree with it."""
     world, streams, sweeps = draw_world(seed)
     report_parts = seed % 2 == 0
+    cancels = random.Random(seed)
     idle = 0
     for _ in range(4000):
         while streams and streams[0].arrived <= world.now:
@@ -117,6 +135,11 @@ def run(seed: int, schedulers: list[Scheduler], floor: float) -> World:
         world.load_adapter(plan.adapters)
         for s in schedulers:
             s.observe(plan, state, max(seconds, sum((parts or {}).values())), parts)
+        if world.streams and cancels.random() < CANCELLED:
+            gone = cancels.choice(world.streams)
+            world.cancel(gone.name)
+            world.cancel(gone.name)
+            world.cancelled.append(gone)
     raise AssertionError(f"not finished: {world.streams} {world.sweeps}")
 
 
@@ -128,7 +151,8 @@ def check_schedule(seed: int) -> None:
     world, streams, sweeps = draw_world(seed)
     config = SchedulerConfig(itl_seconds=world.itl, drain_after=0.2)
     ended = run(seed, [Scheduler(config)], config.floor_share)
-    assert len(ended.done) == len(streams) and len(ended.done_sweeps) == len(sweeps)
+    assert len(ended.done) + len(ended.cancelled) == len(streams) and len(ended.done_sweeps) == len(sweeps)
+    assert ended.free == ended.blocks, "blocks leaked"
     for sweep in ended.done_sweeps:
         assert sweep.head_cuts == cut(sweep.labels, config.head_rows), "the budget cut a batch of label rows"
 

@@ -125,12 +125,12 @@ def test_interactive_prompts_go_first_and_each_class_in_order() -> None:
     assert [p.request_id for p in made.prefills] == ["w2", "w4", "w1", "w3"]
 
 
-def test_an_overdue_batch_request_goes_in_order_of_arrival_and_none_of_its_class_overtakes() -> None:
+def test_an_overdue_batch_request_counts_as_interactive_with_all_of_its_tenant_before_it() -> None:
     batch = {"slo_class": "batch"}
     made = plan(
         request("w1", **batch), request("w2"), request("w3", ttft_deadline=1.0, **batch), request("w4", **batch)
     )
-    assert [p.request_id for p in made.prefills] == ["w1", "w2", "w3", "w4"]
+    assert [p.request_id for p in made.prefills] == ["w3", "w1", "w2", "w4"]
 
 
 def test_prompts_that_hold_all_blocks_do_not_wait_for_each_other_for_ever() -> None:

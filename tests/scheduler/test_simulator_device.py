@@ -121,10 +121,18 @@ def test_a_curve_is_straight_between_its_points_and_counts_whole_tiles() -> None
 def test_noise_is_as_wide_as_it_says() -> None:
     rng = random.Random(1)
     noise = Noise(0.05, 0.02, (2.0, 3.0))
-    drawn = [noise.draw(rng) for _ in range(20_000)]
-    assert statistics.median(drawn) == pytest.approx(1.0, abs=0.005)
-    assert sum(f > 1.5 for f in drawn) / len(drawn) == pytest.approx(0.02, rel=0.2) and max(drawn) < 3.6
-    assert {Noise().draw(rng) for _ in range(9)} == {1.0}
+    drawn = [noise.draw(rng, 0.5) for _ in range(20_000)]
+    assert statistics.median(drawn) == pytest.approx(0.5, abs=0.003)
+    assert sum(s > 0.75 for s in drawn) / len(drawn) == pytest.approx(0.02, rel=0.2) and max(drawn) < 1.8
+    assert {Noise().draw(rng, 2.0) for _ in range(9)} == {2.0}
+
+
+def test_a_stall_takes_as_long_whatever_it_meets() -> None:
+    noise = Noise(stall_share=0.1, stall_seconds=(0.02, 0.04))
+    for seconds in (0.05, 0.5):
+        late = [s - seconds for s in (noise.draw(random.Random(i), seconds) for i in range(3000)) if s > seconds]
+        assert len(late) / 3000 == pytest.approx(0.1, rel=0.15)
+        assert 0.02 <= min(late) < 0.021 and 0.039 < max(late) <= 0.0401
 
 
 @pytest.mark.parametrize("name", ["cpu-270m", "h200-8b"])

@@ -15,7 +15,7 @@ from coserve.scheduler.simulation.workloads import Lengths
 
 ITL = 0.22
 SETUP = Setup(cards()["cpu-270m"], itl=ITL, ttft=4.4, max_adapters=4, adapter_load=0.5)
-DEMAND = Demand(tenants=60, adapters=2, rate=3.0, lengths=Lengths(30, 20))
+DEMAND = Demand(tenants=60, adapters=2, rate=5.0, lengths=Lengths(30, 20))
 
 
 def policy() -> Scheduler:
@@ -60,18 +60,18 @@ def test_more_load_needs_more_engines_and_affinity_fewer() -> None:
     needed = engines_needed(policy, SETUP, DEMAND, seconds=20.0)
     assert needed.worst_attainment is not None and needed.worst_attainment >= 0.99
     assert judge(policy, SETUP, DEMAND, max(1, needed.engines // 2), seconds=20.0).worst_attainment < 0.99
-    assert engines_needed(policy, SETUP, replace(DEMAND, rate=9.0), seconds=15.0, sample=1).engines > needed.engines
+    assert engines_needed(policy, SETUP, replace(DEMAND, rate=24.0), seconds=6.0, sample=1).engines > needed.engines
     slow_loads = replace(SETUP, adapter_load=1.5)
     gathered, scattered = (
-        engines_needed(policy, slow_loads, replace(DEMAND, rate=6.0), affine=affine, seconds=15.0, sample=1)
+        engines_needed(policy, slow_loads, replace(DEMAND, rate=9.0), affine=affine, seconds=10.0, sample=1)
         for affine in (True, False)
     )
     assert scattered.engines > gathered.engines and scattered.most_adapters == 120 > gathered.most_adapters
 
 
 def test_jobs_need_engines_too() -> None:
-    demand = Demand(tenants=4, adapters=0, rate=0.2, lengths=Lengths(30, 20), jobs=6, training=700.0)
+    demand = Demand(tenants=4, adapters=0, rate=0.2, lengths=Lengths(30, 20), jobs=6, training=1100.0)
     needed = engines_needed(policy, SETUP, demand, seconds=40.0)
-    assert needed.engines >= 4 and needed.training_rate >= 700.0 and needed.most_adapters == 0
+    assert needed.engines >= 4 and needed.training_rate >= 1100.0 and needed.most_adapters == 0
     with pytest.raises(ValueError, match="train as much"):
         engines_needed(policy, SETUP, replace(demand, jobs=0), seconds=1.0, sample=0)

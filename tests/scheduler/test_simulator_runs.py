@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from coserve.scheduler import Scheduler, SchedulerConfig
-from coserve.scheduler.simulation import Ledger, Setup, cards, policies, report, retention, simulate
+from coserve.scheduler.simulation import Ledger, Report, Setup, cards, policies, report, retention, simulate
 from coserve.scheduler.simulation.faults import MemoryPressure, Restart, Slowdown
 from coserve.scheduler.simulation.ledger import Iteration
 from coserve.scheduler.simulation.policies import InferenceOnly, Policy, StaticBudget, TemporalSharing
@@ -160,7 +160,7 @@ def test_a_slow_machine_is_slow_while_it_is() -> None:
 def test_memory_pressure_preempts_and_everything_still_ends() -> None:
     setup = replace(SETUP, blocks=40)
     trace = Trace([0.0] * 6, 0, Lengths(40, 60), ttft=60.0)
-    ledger = run(trace, setup=setup, seconds=60.0, faults=(MemoryPressure(2.0, 10.0, 0.5),))
+    ledger = run(trace, setup=setup, seconds=60.0, faults=(MemoryPressure(1.0, 10.0, 0.5),))
     assert sum(s.preemptions for s in ledger.streams) > 0
     assert all(s.finished for s in ledger.streams)
     calm = run(Trace([0.0] * 6, 0, Lengths(40, 60), ttft=60.0), setup=setup, seconds=60.0)
@@ -223,17 +223,19 @@ def test_one_scheduler_serves_engine_and_simulator() -> None:
 
 
 def test_the_cpu_card_agrees_with_the_recorded_tables() -> None:
-    """docs/benchmarks.md: promise 109 ms at twice the decode step, the job alone 215 tokens/s, four streams 58–64."""
-    setup = Setup(CARD, itl=0.109, ttft=2.18)
+    """docs/benchmarks.md, promise 74 ms: the job alone 311 tokens/s, 4 and 8 streams 91–96 and 151; of the
+    iterations beside a job 95% ended within the promise, and half of all predictions were wrong by less than 3%."""
+    setup = Setup(CARD, itl=0.074, ttft=1.48)
 
-    def rate(workload: Workload, *jobs: TrainingJob) -> float:
-        config = SchedulerConfig(itl_seconds=0.109)
-        result = report(simulate(policies(config)["coserve"], setup, workload, jobs, seconds=60.0), 10.0)
-        return result.training_rate if jobs else result.output_rate
+    def result(workload: Workload, *jobs: TrainingJob) -> Report:
+        config = SchedulerConfig(itl_seconds=0.074)
+        return report(simulate(policies(config)["coserve"], setup, workload, jobs, seconds=60.0), 10.0)
 
-    assert rate(NOBODY, TrainingJob("job")) == pytest.approx(215.0, rel=0.1)
-    assert rate(ClosedLoop(4, 0, Lengths(64, 64, 0.3))) == pytest.approx(61.0, rel=0.1)
-    assert rate(ClosedLoop(8, 0, Lengths(64, 64, 0.3))) == pytest.approx(115.0, rel=0.1)
+    assert result(NOBODY, TrainingJob("job")).training_rate == pytest.approx(311.0, rel=0.1)
+    for streams, rate in ((4, 93.0), (8, 151.0)):
+        assert result(ClosedLoop(streams, 0, Lengths(64, 64, 0.3))).output_rate == pytest.approx(rate, rel=0.1)
+    both = result(ClosedLoop(4, 0, Lengths(64, 64, 0.3)), TrainingJob("job"))
+    assert both.iterations_inside > 0.95 and both.prediction_error < 0.04
 
 
 # --------------------------------------------------------------------------- the report

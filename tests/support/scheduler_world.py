@@ -9,7 +9,7 @@ from __future__ import annotations
 from coserve.scheduler.simulation.cards import Card, Curve
 from coserve.scheduler.simulation.device import Device
 from coserve.scheduler.simulation.streams import Stream, Sweep
-from coserve.scheduler.state import BackwardUnit, HeadUnit, Plan, Unit
+from coserve.scheduler.state import BackwardUnit, HeadUnit, Plan, TenantLimit, Unit
 
 __all__ = ["Stream", "Sweep", "World"]
 
@@ -30,10 +30,12 @@ class World(Device):
         noise: float = 0.1,
         seed: int = 0,
         speed: float = 1.0,
+        limits: dict[str, TenantLimit] | None = None,
     ) -> None:
         card = Card("formula", 4, forward=_FREE, logits=_FREE, head=_FREE, backward=_FREE, overhead=0.001)
-        super().__init__(card, blocks, block_size, max_running, max_adapters, itl, seed)
+        super().__init__(card, blocks, block_size, max_running, max_adapters, itl, seed, limits=limits or {})
         self.noise, self.speed = noise, speed
+        self.cancelled: list[Stream] = []
 
     def forward_seconds(self, plan: Plan) -> float:
         rows = len(plan.decodes) + sum(p.tokens for p in plan.prefills) + sum(r.tokens for r in plan.rides)
@@ -47,5 +49,5 @@ class World(Device):
             return self.speed * (0.003 + 0.0003 * unit.tokens)
         return self.speed * (0.001 + 0.25 * unit.layers * (0.03 + 0.0009 * unit.tokens))
 
-    def noise_factor(self) -> float:
-        return 1.0 + self.noise * self.random.random()
+    def disturbed(self, seconds: float) -> float:
+        return seconds * (1.0 + self.noise * self.random.random())

@@ -1,0 +1,109 @@
+"""How many prompt tokens run beside the decodes: the most that keep running streams inside their budget.
+
+It may assume that candidates come in the order in which they run. It never plans training, and what it plans does not
+depend on training: prompts come first.
+
+The candidates' tokens count together, so several prompts share an iteration, the last of them cut where the budget
+ends. Without running streams nothing needs protection and the chunk is as large as it may be. When nothing fits,
+`min_chunk` tokens run all the same if a first token would otherwise be late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from coserve.scheduler.admission import Candidate
+from coserve.scheduler.config import SchedulerConfig
+from coserve.scheduler.costs import Cost, Costs
+from coserve.scheduler.features import ForwardLoad, attention_work
+
+Candidates = tuple[Candidate, ...]
+
+
+class ChunkPolicy:
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+
+    def tokens(
+        self, now: float, candidates: Candidates, decodes: ForwardLoad, adapters: set[str], budget: float, costs: Costs
+    ) -> int:
+        """Prompt tokens of this iteration, all candidates together; `adapters`: of the decodes."""
+        total = min(self._config.max_chunk, sum(c.tokens for c in candidates))
+        if total == 0 or decodes.rows == 0:
+            return total
+
+        def cost(tokens: int) -> Cost:
+            return costs.serving(with_chunks(decodes, candidates, tokens, adapters))
+
+        found = largest(total, budget, lambda tokens: cost(tokens)[1])
+        if found:
+            return found
+        least = min(self._config.min_chunk, total)
+        seconds = cost(least)[1]
+        ahead = 0
+        for c in candidates:
+            ahead += c.request.total_tokens - c.request.computed_tokens
+            if now + -(-ahead // least) * seconds >= c.request.ttft_deadline:
+                return least
+        return 0
+
+
+def largest(most: int, budget: float, seconds: Callable[[int], float]) -> int:
+    """The largest size up to `most` whose `seconds` are within `budget`; 0 if 1 is not. They must not fall with the
+    size; they are nearly straight lines, so the search guesses along the chord and halves only where that is slow."""
+    above = seconds(most)
+    if above <= budget:
+        return most
+    below = seconds(1)
+    if below > budget:
+        return 0
+    low, high = 1, most  # low fits, high does not
+    halve = False
+    while high - low > 1:
+        guess = (low + high) // 2 if halve else low + int((high - low) * (budget - below) / (above - below))
+        guess = min(max(guess, low + 1), high - 1)
+        found, width = seconds(guess), high - low
+        if found <= budget:
+            low, below = guess, found
+        else:
+            high, above = guess, found
+        halve = 2 * (high - low) > width
+    return low
+
+
+def cut(candidates: Candidates, tokens: int) -> list[tuple[Candidate, int]]:
+    """The first `tokens` tokens of the candidates' chunks, in order."""
+    pieces = []
+    for c in candidates:
+        if tokens <= 0:
+            break
+        n = min(c.tokens, tokens)
+        pieces.append((c, n))
+        tokens -= n
+    return pieces
+
+
+def with_chunks(decodes: ForwardLoad, candidates: Candidates, tokens: int, adapters: set[str]) -> ForwardLoad:
+    """The packed forward with the first `tokens` tokens of the candidates."""
+    rows = work = finished = 0
+    more = set()
+    for c, n in cut(candidates, tokens):
+        r = c.request
+        rows += n
+        work += attention_work(r.computed_tokens, n)
+        finished += r.computed_tokens + n >= r.total_tokens
+        if r.adapter is not None and r.adapter not in adapters:
+            more.add(r.adapter)
+    return decodes.with_prefill(rows, work, finished, len(more)) if rows else decodes
+
+
+def first_token_slack(now: float, candidates: Candidates, tokens: int, seconds: float) -> float:
+    """Seconds this iteration may last so that no first token of `candidates` is late: those that end in it are due at
+    its end, the others need (tokens ahead of them) / (tokens an iteration) more iterations of `seconds`."""
+    slack = float("inf")
+    ahead = -tokens
+    for c in candidates:
+        ahead += c.request.total_tokens - c.request.computed_tokens
+        more = -(-ahead // max(tokens, 1)) * seconds if ahead > 0 else 0.0
+        slack = min(slack, c.request.ttft_deadline - now - more)
+    return slack

@@ -1,0 +1,102 @@
+"""Who has had how much of the device: one virtual counter a tenant, in device seconds divided by its weight.
+
+It may assume that `meet` sees every state before anything is asked about it, and that charges come from measured
+iterations. It never decides what runs: it says whose turn it is.
+
+The counters are those of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), with device seconds in
+the place of tokens, so that prompts, decodes and training units are one currency. A tenant that comes back is lifted
+to the least-served tenant that stayed, less a small credit: it cannot save up idle time, and a job between two of its
+steps, or a client between two requests, does not lose its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from coserve.scheduler.state import RequestState, SchedulerState, SweepState
+
+
+class FairShare:
+    """Counters only grow. `credit`: weighted seconds that a returning tenant may be behind the others; `remembered`:
+    seconds after which one that stays away is no longer reckoned with."""
+
+    def __init__(self, credit: float, remembered: float) -> None:
+        self._credit, self._remembered = credit, remembered
+        self._served: dict[str, float] = {}
+        self._weights: dict[str, float] = {}  # of the tenants that are there
+        self._level = 0.0  # the least-served of those that were last there
+        self._lately: dict[str, tuple[float, float]] = {}  # tenant -> when it was last there, and its weight
+        self.row_seconds = 1e-3  # what a prompt row costs, as the planner expects
+
+    def meet(self, state: SchedulerState) -> None:
+        """Who has something to run now. Lifts those that had not, the last time."""
+        there = {r.tenant: r.weight for r in state.requests}
+        for sweep in state.sweeps:
+            for job in sweep.jobs:
+                there[job.tenant] = job.weight
+        if there.keys() != self._weights.keys():
+            stayed = [self._served[t] for t in there if t in self._weights]
+            level = max(0.0, (min(stayed) if stayed else self._level) - self._credit)
+            for tenant in there:
+                if tenant not in self._weights:
+                    self._served[tenant] = max(self._served.get(tenant, 0.0), level)
+            self._forget(there, level)
+        self._weights = there
+        if there:
+            self._level = min(map(self._served.__getitem__, there))
+        for tenant, weight in there.items():
+            self._lately[tenant] = state.now, weight
+        if len(self._lately) > len(there):
+            self._lately = {t: seen for t, seen in self._lately.items() if seen[0] >= state.now - self._remembered}
+
+    def _forget(self, there: Mapping[str, float], level: float) -> None:
+        """Of tenants that are away and would be lifted anyway nothing needs to be known."""
+        if len(self._served) > 2 * len(there) + 64:
+            self._served = {t: v for t, v in self._served.items() if t in there or v > level}
+
+    @property
+    def tenants(self) -> int:
+        """How many are there."""
+        return len(self._weights)
+
+    @property
+    def shared(self) -> bool:
+        """Whether more than one tenant was there lately."""
+        return len(self._lately) > 1
+
+    def parts(self, whole: float) -> dict[str, float]:
+        """`whole`, divided by weight among the tenants that were there lately."""
+        weights = sum(weight for _, weight in self._lately.values())
+        return {tenant: whole * weight / weights for tenant, (_, weight) in self._lately.items()}
+
+    def is_least(self, tenant: str) -> bool:
+        """Whether nobody who is there has been served less."""
+        return self.served(tenant) <= self._level
+
+    def served(self, tenant: str) -> float:
+        """Weighted seconds; of a tenant that was never there, those that it would begin with."""
+        return self._served.get(tenant, max(0.0, self._level - self._credit))
+
+    def charge(self, seconds: Mapping[str, float]) -> None:
+        """Device seconds by tenant, of those that are there; what an iteration outside of plans took (a calibration)
+        is nobody's."""
+        for tenant, spent in seconds.items():
+            if tenant in self._weights:
+                self._served[tenant] += spent / self._weights[tenant]
+
+    def cost(self, request: RequestState) -> float:
+        """Weighted seconds of the rest of a prompt, as expected."""
+        return (request.total_tokens - request.computed_tokens) * self.row_seconds / request.weight
+
+    def order_sweeps(self, sweeps: tuple[SweepState, ...]) -> tuple[SweepState, ...]:
+        """The least-served tenant's first, else as they came. A sweep of several tenants goes with the least served."""
+        if len(sweeps) < 2 or len(self._weights) < 2:
+            return sweeps
+        return tuple(sorted(sweeps, key=lambda s: min((self.served(job.tenant) for job in s.jobs), default=0.0)))
+
+    def order_running(self, requests: list[RequestState]) -> list[RequestState]:
+        """The least-served tenant's first, else as they came."""
+        if len(self._weights) < 2:
+            return requests
+        served = self._served
+        return sorted(requests, key=lambda r: served[r.tenant])

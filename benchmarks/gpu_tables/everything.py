@@ -65,6 +65,7 @@ def _table(name: str, seconds: float, arguments: argparse.Namespace, results: Re
     with tempfile.TemporaryDirectory(prefix="coserve-gpu-") as folder:
         part = Path(folder) / "table.json"
         command = [sys.executable, str(SCRIPT), "--table", name, "--json", str(part), f"--threads={arguments.threads}"]
+        command += [f"--kernels={arguments.kernels}"]
         command += ["--smoke"] if arguments.smoke else []
         command += [f"--device={arguments.device}"] if arguments.device else []
 

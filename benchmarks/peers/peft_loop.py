@@ -7,7 +7,6 @@ bears a loss. Micro-batches are as large as memory allows, up to the whole step.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +34,6 @@ class PeftLoop:
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=1e-4, weight_decay=0.0)
         self._clock, self._memory = clock, memory
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its names, each time
         self.attention = "flash"
 
     def measure(self, rows: torch.Tensor, steps: int, *, checkpointing: bool) -> Measured:

@@ -80,6 +80,16 @@ def test_decode_stands_over_its_floor_and_beside_its_peer(smoke: tuple[str, dict
         assert over == pytest.approx(step / floor) and ahead == pytest.approx(peer / step) and over > 1
 
 
+def test_steps_are_taken_apart(smoke: tuple[str, dict[str, Any]]) -> None:
+    output, tables = smoke
+    parts = tables["decode"]["parts"]["3"]
+    seconds = [seconds for _, seconds, _ in parts["top"]]
+    assert seconds == sorted(seconds, reverse=True) and 0 < sum(seconds) <= parts["busy"]
+    assert f"A step at batch 3: the device is busy {1e3 * parts['busy']:.3g} of" in output
+    for policy in ("save", "recompute"):
+        assert tables["training"][f"coserve, {policy}, 32"]["parts"]["launches"] > 100
+
+
 def test_adapters_reserve_what_their_pages_take(smoke: tuple[str, dict[str, Any]]) -> None:
     table = smoke[1]["adapters"]
     named = dict(zip(zip(*(columns(table, n) for n in ("adapters", "requests choose")), strict=True),

@@ -113,6 +113,11 @@ class AdapterPool:
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
 
     @property
+    def flat(self) -> Tensor:
+        """[num_pages * page_elements], the pool itself: to be read."""
+        return self._flat
+
+    @property
     def device(self) -> torch.device:
         return self._flat.device
 

@@ -46,6 +46,7 @@ class PendingReadings:
                 ends.append(row - 1)
                 self._ending.append(request)
         self._ends = integers(ends, hidden.device, torch.int64)
+        self._known: Tensor | None = None  # logits of all rows
         self._sums: Tensor | None = None
         self._tokens: Tensor | None = None
 
@@ -57,14 +58,15 @@ class PendingReadings:
         """Queue what can be chosen on the device, and its copy to the host. Where device and host are one, nothing is.
 
         Args:
-            logits: [ends, vocabulary], if they are known already.
+            logits: [rows, vocabulary], if they are known already.
         """
+        self._known = logits
         if self._hidden.device.type != "cuda":
             return
         self._sums = _to_host(self._hidden.sum(-1, dtype=torch.float32))
         if self._ending and all(chosen_on_device(request.row) for request in self._ending):
             self._tokens = _to_host(torch.cat([
-                choose(self._logits(chunk) if logits is None else logits[chunk], self._rows(chunk))
+                choose(self._logits(chunk), self._rows(chunk))
                 for chunk in self._chunks()
             ]))  # fmt: skip
 
@@ -126,6 +128,8 @@ class PendingReadings:
         return [request.row for request in self._ending[chunk]]
 
     def _logits(self, chunk: slice) -> Tensor:
+        if self._known is not None:
+            return self._known.index_select(0, self._ends[chunk])
         return self._model.logits(self._hidden.index_select(0, self._ends[chunk]))
 
     def _prompt_logprobs(self, request: Request, hidden: Tensor) -> list[TokenLogprob | None]:

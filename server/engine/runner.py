@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ from coserve.server.engine.stopwatch import Stopwatch
 from coserve.server.engine.sweep import Sweep
 from coserve.server.training.fault import INTERNAL, OUT_OF_MEMORY, Fault
 
+if TYPE_CHECKING:
+    from coserve.server.engine.decode_graphs import DecodeGraphs
+
 YIELDED = Fault("yielded", "generation needed the memory")
 _NOT_FINITE = "the adapter makes the model's values infinite or not a number; train it again with a lower learning rate"
 
@@ -53,10 +57,10 @@ class Runner:
 
     def __init__(
         self, model: BaseModel, cache: KVCache, requests: RequestBook, adapters: AdapterBook,
-        cores: CoreSharing | None = None,
+        cores: CoreSharing | None = None, graphs: DecodeGraphs | None = None,
     ) -> None:  # fmt: skip
         self.model, self._cache, self._cores = model, cache, cores
-        self._requests, self._adapters = requests, adapters
+        self._requests, self._adapters, self._graphs = requests, adapters, graphs
         # Where the host runs ahead of the device, tokens are read when everything else of the iteration is queued.
         self._defers = model.device.type == "cuda"
         self._pending: list[PendingReadings] = []
@@ -125,19 +129,14 @@ class Runner:
         if not scheduled and not rides:
             return
         runs = [self._row_run(request, rows) for request, rows in scheduled]
-        backend = self.model.backend
-        generation = GenerationPart(runs, self._cache, backend)
-        parts = [SweepPart(s, s.forward_rows, s.forward_rows + rows, backend) for s, rows in rides]
-        ids = [integers(self._token_ids(scheduled), self.model.device, torch.int64)]
-        ids += [part.sweep.ids[part.start : part.end] for part in parts]
-        positions = [generation.positions] + [part.sweep.positions[part.start : part.end] for part in parts]
-        packed = PackedPass([generation, *parts], backend)
-        hidden = run_packed(self.model, torch.cat(ids), torch.cat(positions), packed)
-        pending = PendingReadings(self.model, scheduled, hidden[: generation.rows]) if scheduled else None
+        parts = [SweepPart(s, s.forward_rows, s.forward_rows + rows, self.model.backend) for s, rows in rides]
+        hidden, logits = self._through_the_layers(runs, self._token_ids(scheduled), parts)
+        generated = sum(run.rows for run in runs)
+        pending = PendingReadings(self.model, scheduled, hidden[:generated]) if scheduled else None
         if pending is not None:
-            pending.begin()
+            pending.begin(logits)
         readings = [] if pending is None or self._defers else pending.take()
-        row = generation.rows
+        row = generated
         for ride, part in zip(load.rides, parts, strict=True):
             self._finish_ride(ride.sweep_id, part, hidden[row : row + part.rows], outcome)
             row += part.rows
@@ -145,6 +144,22 @@ class Runner:
             self._commit(reading, outcome)
         if pending is not None and self._defers:
             self._pending.append(pending)
+
+    def _through_the_layers(
+        self, runs: list[RowRun], ids: list[int], parts: list[SweepPart]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output of the last layer [rows, H], and the logits [rows, V] where they came with it."""
+        if self._graphs is not None and not parts:
+            known = self._graphs.run(runs, ids)
+            if known is not None:
+                return known
+        backend = self.model.backend
+        generation = GenerationPart(runs, self._cache, backend)
+        all_ids = [integers(ids, self.model.device, torch.int64)]
+        all_ids += [part.sweep.ids[part.start : part.end] for part in parts]
+        positions = [generation.positions] + [part.sweep.positions[part.start : part.end] for part in parts]
+        packed = PackedPass([generation, *parts], backend)
+        return run_packed(self.model, torch.cat(all_ids), torch.cat(positions), packed), None
 
     def _finish_ride(self, sweep_id: int, part: SweepPart, hidden: Tensor, outcome: Outcome) -> None:
         """hidden [rows, H] of a sweep's window."""

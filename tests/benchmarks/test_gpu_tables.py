@@ -5,6 +5,7 @@ What they say of speed is not looked at. What they say of exactness is: in float
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -184,6 +185,29 @@ def test_what_a_token_of_the_large_model_costs() -> None:
     assert 4 * products < short < 1.1 * 4 * products < long < 1.3 * 4 * products
     again = LLAMA_8B.training_flop(2048, 16, forwards=2) - short
     assert 2 * LLAMA_8B.layer_parameters < again < 2.1 * LLAMA_8B.layer_parameters, "the head runs once"
+
+
+def test_an_engine_gives_back_what_it_held(tmp_path: Path) -> None:
+    """Many engines take turns in one process: on a GPU the next one needs the memory of the last one."""
+    import torch
+    from gpu_tables.bench import Bench
+    from gpu_tables.table import Results
+
+    from coserve.server.engine.adapter_pool import AdapterPool
+    from coserve.server.engine.kv_cache import KVCache
+
+    def alive() -> list[str]:
+        return [type(thing).__name__ for thing in gc.get_objects() if type(thing) in (KVCache, AdapterPool)]
+
+    gc.collect()
+    before = alive()
+    bench = Bench(torch.device("cpu"), True, 1, Results(None))
+    with bench.stand(kv_memory=1 << 20, adapter_memory=1 << 20, max_model_len=64, slo_itl_ms=1000.0) as stand:
+        requests = stand.generate(stand.prompts(2, 8), 3)
+        stand.until(lambda: all(stand.tokens[request] == 3 for request in requests))
+        assert len(alive()) == len(before) + 2 and stand.ready.max_model_len == 64
+    bench.memory.release()
+    assert alive() == before
 
 
 def test_a_machine_without_a_gpu_is_told_of_the_toy_size() -> None:

@@ -77,7 +77,7 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
     pool = _pool(loaded, options)
 
     def read(folder: Path) -> Weights:
-        return read_folder(folder, model.sites, loaded.digest)[1]
+        return pool.image_of(read_folder(folder, model.sites, loaded.digest)[1])
 
     loader = AdapterLoader(read, options.adapter_cache_bytes())
     adapters = AdapterBook(pool, loader, options.data_dir)

@@ -22,10 +22,10 @@ from stepped_engine import SteppedEngine
 from tiny_models import save_tiny_model, tiny_config
 
 from coserve.kernels.dropout import RowKeys, dropout_rows
-from coserve.server.engine.adapter_pool import pool_of
 from coserve.server.engine.decode_graphs import DecodeGraphs
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.plain_backend import PlainBackend
+from coserve.server.engine.pooled_adapter import pool_of
 from coserve.server.engine.probe import probe
 from coserve.server.engine.triton_backend import TritonBackend
 from coserve.server.training.peft.lora import LoraPair

@@ -107,10 +107,11 @@ class HeadBatch:
         steps = [sweep.sequences[int(owner)].step for owner in sweep.label_owner[self.start : self.end]]
         losses, correct = self._lse - self._chosen, self._chosen >= self._best
         first = 0
-        for step, rows in itertools.groupby(steps):
-            following = first + len(list(rows))
-            step.add_losses(losses[first:following], correct[first:following])
-            first = following
+        for _, same in itertools.groupby(steps, key=id):
+            rows = list(same)
+            part = slice(first, first + len(rows))
+            rows[0].add_losses(losses[part], correct[part])
+            first = part.stop
         if self._gradient is not None:
             # A row's weight scales its whole gradient: apply it to H numbers, not to V.
             weight = torch.tensor([[1.0 / step.loss_tokens] for step in steps], dtype=self._gradient.dtype)

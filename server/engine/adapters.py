@@ -34,6 +34,10 @@ class AdapterBook:
         self._reserved: set[str] = set()
         self.pins = Pins(pool)
 
+    def close(self) -> None:
+        """End the loads; called once, when the engine drains."""
+        self._loader.close()
+
     def ready(self, ref: AdapterRef | None) -> bool:
         """Whether its rows may run now."""
         return ref is None or self.pool.ready(ref.digest)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import warnings
 from pathlib import Path
 
 from harness import cores, environment
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, row by row")
     parser.add_argument("--smoke", action="store_true", help="toy size; works on a CPU")
     parser.add_argument("--device", help="[cuda, with --smoke cpu where there is none]")
+    parser.add_argument("--kernels", default="auto", help="the engine's setting of that name [auto]")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads [all cores]")
     parser.add_argument("--minutes", type=float, default=25.0, help="with --all: what there is of time")
     arguments = parser.parse_args()
@@ -46,6 +48,7 @@ def main() -> None:
 
     import torch
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own names
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu" and not arguments.smoke:
         raise SystemExit("there is no CUDA device here; --smoke runs the tables at toy size on a CPU")
@@ -54,7 +57,7 @@ def main() -> None:
     from gpu_tables.table import Results
 
     torch.set_num_threads(arguments.threads)
-    bench = Bench(torch.device(name), arguments.smoke, arguments.threads, Results(arguments.json))
+    bench = Bench(torch.device(name), arguments.smoke, arguments.threads, Results(arguments.json), arguments.kernels)
     for table in arguments.table:
         importlib.import_module(f"gpu_tables.{TABLES[table]}").run(bench)
 

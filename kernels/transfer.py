@@ -14,7 +14,7 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     From pinned memory: a copy of pageable memory waits until the device's queue has come to it. The allocator of
     pinned memory gives a block out again only after the copies from it are through.
     """
-    if torch.device(device).type != "cuda":
+    if torch.device(device).type != "cuda" or not values.numel():
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 

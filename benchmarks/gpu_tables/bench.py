@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from harness import machine, say
 
+from coserve.server.engine.backend import choose_backend
 from coserve.server.engine.load import LoadedModel
 from gpu_tables.ceilings import copy_rate, product_rate
 from gpu_tables.clock import Clock, Memory
@@ -26,7 +26,7 @@ class Bench:
     smoke: bool
     threads: int
     results: Results
-    began: float = field(default_factory=time.monotonic)
+    kernels: str = "auto"  # as in the engine's settings
 
     @property
     def geometry(self) -> Geometry:
@@ -48,7 +48,7 @@ class Bench:
     def model(self) -> LoadedModel:
         """The weights that all stands of a run share."""
         say(f"{self.geometry.name}, random weights")
-        return loaded_model(self.geometry, self.dtype, self.device)
+        return loaded_model(self.geometry, self.dtype, self.device, kernels=self.kernels)
 
     @cached_property
     def copy_rate(self) -> float:
@@ -62,7 +62,7 @@ class Bench:
         """An engine of these options. What one before it held is given back first."""
         self.memory.release()
         say("an engine on the stand")
-        return Stand(model or self.model, **options)
+        return Stand(model or self.model, kernels=self.kernels, **options)
 
     def table(self, name: str, title: str, columns: list[str]) -> Table:
         shape = f"{self.geometry.name}, {str(self.dtype).removeprefix('torch.')}"
@@ -72,7 +72,7 @@ class Bench:
         return table
 
     def _facts(self) -> dict[str, str]:
-        more = {}
+        more = {"kernels": choose_backend(self.kernels, self.dtype, self.device).name}
         if self.device.type == "cuda":
             properties = torch.cuda.get_device_properties(self.device)
             more["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"

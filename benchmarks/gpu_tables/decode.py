@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from harness import ratio, say
@@ -18,6 +19,7 @@ from peers.continuous_batching import BATCH_TOKENS, ContinuousBatching
 from coserve.scheduler.config import SchedulerConfig
 from coserve.server.wire.messages import AdapterRef
 from gpu_tables.bench import Bench
+from gpu_tables.breakdown import breakdown, in_words
 from gpu_tables.geometry import random_model
 from gpu_tables.stand import Stand
 
@@ -25,6 +27,7 @@ from gpu_tables.stand import Stand
 @dataclass(frozen=True, slots=True)
 class Size:
     batches: tuple[int, ...]
+    taken_apart: tuple[int, ...]  # batches whose steps are also shown kernel by kernel
     context: int
     steps: int
     warm: int
@@ -32,8 +35,9 @@ class Size:
     rounds: int
 
 
-FULL = Size((1, 8, 32, 64, 128), 1024, 48, 8, 32 << 30, 2)
-TOY = Size((1, 3), 64, 6, 2, 16 << 20, 1)
+FULL = Size((1, 8, 32, 64, 128), (1, 64), 1024, 48, 8, 32 << 30, 2)
+TOY = Size((1, 3), (3,), 64, 6, 2, 16 << 20, 1)
+_PROFILED = 8  # steps
 CALM_ITL_MS = 60_000.0  # no promise cuts the prompts into small chunks here
 
 
@@ -43,6 +47,7 @@ class Steps:
 
     seconds: float  # median
     context: float  # tokens a sequence, on average over sequences and steps
+    parts: dict[str, Any] | None = None  # see `breakdown`
 
 
 def decode_steps(
@@ -67,8 +72,9 @@ def decode_steps(
     after = sum(stand.tokens[request] for request in requests)
     if abs(after - before - batch * size.steps) > batch:
         raise RuntimeError(f"{size.steps} iterations gave {after - before} tokens to {batch} requests")
+    parts = breakdown(bench.device, stand.step, _PROFILED) if batch in size.taken_apart else None
     stand.abort(requests)
-    return Steps(seconds, length + (before + after) / 2 / batch)
+    return Steps(seconds, length + (before + after) / 2 / batch, parts)
 
 
 def floor_seconds(bench: Bench, batch: int, context: float) -> float:
@@ -92,6 +98,9 @@ def run(bench: Bench) -> None:
         for batch in size.batches:
             ours[batch] = decode_steps(stand, bench, batch, size.context, size)
             say(f"batch {batch}: {1e3 * ours[batch].seconds:.2f} ms")
+            if (parts := ours[batch].parts) is not None:
+                table.figures.setdefault("parts", {})[str(batch)] = parts
+                table.notes.append(in_words(f"A step at batch {batch}", parts, ours[batch].seconds))
             table.figure("coserve_seconds", {str(b): found.seconds for b, found in ours.items()})
     bench.memory.release()
     say("transformers' continuous batching")

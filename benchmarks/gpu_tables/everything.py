@@ -31,6 +31,7 @@ _TEST_SHARE = 0.25  # of the time, at most, is for the tests
 
 def run_all(arguments: argparse.Namespace) -> None:
     """Exits with 1 if a test or a table failed or was cut short; a missed aim is no failure."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending what runs
     deadline = time.monotonic() + 60 * arguments.minutes
     results = Results(arguments.json)
     runs = results.document.setdefault("runs", {})
@@ -65,6 +66,7 @@ def _table(name: str, seconds: float, arguments: argparse.Namespace, results: Re
     with tempfile.TemporaryDirectory(prefix="coserve-gpu-") as folder:
         part = Path(folder) / "table.json"
         command = [sys.executable, str(SCRIPT), "--table", name, "--json", str(part), f"--threads={arguments.threads}"]
+        command += [f"--kernels={arguments.kernels}"]
         command += ["--smoke"] if arguments.smoke else []
         command += [f"--device={arguments.device}"] if arguments.device else []
 
@@ -84,7 +86,7 @@ def _table(name: str, seconds: float, arguments: argparse.Namespace, results: Re
 def _watched(command: list[str], seconds: float, look: Any) -> dict[str, Any]:
     """Runs it for at most so long; `look` is called about once a second and at its end."""
     began = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, process_group=0)
     ended = "finished"
     try:
         while process.poll() is None:

@@ -55,7 +55,7 @@ def run(bench: Bench) -> None:
     table = bench.table("exactness", "Exactness: relative errors against float64", ["dtype", "what", "error", "worst"])
     table.title = "Exactness: relative errors against float64 (a model of 4 layers, hidden size 256)"
     for dtype, bound in BOUNDS.items():
-        model = loaded_model(SMALL, dtype, bench.device, spread=SPREAD)
+        model = loaded_model(SMALL, dtype, bench.device, kernels=bench.kernels, spread=SPREAD)
         name = str(dtype).removeprefix("torch.")
         for policy in ("save", "recompute"):
             with bench.stand(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from coserve.server.engine.attention import ATTENTION_NAME, register
+from coserve.server.engine.backend import choose_backend
 from coserve.server.engine.load import LoadedModel
 from coserve.server.engine.model import BaseModel
 
@@ -102,9 +103,12 @@ def random_model(
     return model.eval()
 
 
-def loaded_model(geometry: Geometry, dtype: torch.dtype, device: torch.device, *, spread: float = 0.02) -> LoadedModel:
-    """The same weights as the engine takes them."""
+def loaded_model(
+    geometry: Geometry, dtype: torch.dtype, device: torch.device, *, kernels: str = "auto", spread: float = 0.02
+) -> LoadedModel:
+    """The same weights as the engine takes them; `kernels` as in its settings."""
     register()
-    base = BaseModel(random_model(geometry, dtype, device, attention=ATTENTION_NAME, spread=spread))
+    model = random_model(geometry, dtype, device, attention=ATTENTION_NAME, spread=spread)
+    base = BaseModel(model, backend=choose_backend(kernels, dtype, device))
     digest = hashlib.sha256(repr((geometry, str(dtype), spread)).encode()).hexdigest()
     return LoadedModel(base, digest, "llama", geometry.positions)

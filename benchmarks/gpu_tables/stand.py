@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ class Stand:
         values = {"device": str(base.device), "dtype": str(base.dtype).removeprefix("torch."), **options}
         chosen = EngineOptions(model="base", data_dir=self.data_dir, socket_path=self.socket_path, **values)
         more = {} if policy is None else {"policy": policy}
-        self.engine, self.intake = build_engine(chosen, Heartbeat(None), lambda _: model, **more)
+        loaded = replace(model, max_model_len=chosen.max_model_len or model.max_model_len)
+        self.engine, self.intake = build_engine(chosen, Heartbeat(None), lambda _: loaded, **more)
         self._socket: socket.socket | None = None
         self._received = bytearray()
         self._calls = 0

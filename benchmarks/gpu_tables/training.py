@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from harness import ratio, say
 from peers.peft_loop import PeftLoop
 
 from gpu_tables.bench import Bench
+from gpu_tables.breakdown import breakdown, in_words
 from gpu_tables.geometry import random_model
 from gpu_tables.orders import write_job
+from gpu_tables.stand import Stand
 
 RANK = 16
 FORWARDS = {"coserve, save": 1, "coserve, recompute": 2, "PEFT": 1, "PEFT, checkpointing": 2}
@@ -48,6 +51,7 @@ class Found:
     rate: float
     stored: float | None = None
     peak: float | None = None
+    parts: dict[str, Any] | None = None  # of an optimizer step; see `breakdown`
 
 
 def run(bench: Bench) -> None:
@@ -63,7 +67,10 @@ def run(bench: Bench) -> None:
         for length in size.lengths:
             found[length][f"coserve, {policy}"] = answer = _coserve(bench, size, length, policy)
             say(f"coserve, {policy}, length {length}: {answer.rate:.0f} tokens/s")
-            table.figure(f"coserve, {policy}, {length}", [answer.rate, answer.stored, answer.peak])
+            table.figure(f"coserve, {policy}, {length}", asdict(answer))
+            if answer.parts is not None:
+                said = in_words(f"A step under {policy}, length {length}", answer.parts, size.step_tokens / answer.rate)
+                table.notes.append(said)
     bench.memory.release()
     loop = PeftLoop(random_model(bench.geometry, bench.dtype, bench.device), RANK, bench.clock, bench.memory)
     for length in size.lengths:
@@ -118,13 +125,20 @@ def _coserve(bench: Bench, size: Size, length: int, policy: str) -> Found:
                 (held if ran else idle).append(now)
         peak = bench.memory.peak()
         times = [record["created_at"] for record in stand.events("alone", "step")][size.warm - 1 :]
+        parts = breakdown(bench.device, lambda: _one_step(stand), 1)
         stand.cancel_job("alone")
     seconds = statistics.median(after - before for before, after in itertools.pairwise(times))
     tokens = batch * length
     if peak is None or not held or not idle:
-        return Found(tokens / seconds)
+        return Found(tokens / seconds, parts=parts)
     base = min(idle)
-    return Found(tokens / seconds, (max(held) - base) / tokens, (peak - base) / tokens)
+    return Found(tokens / seconds, (max(held) - base) / tokens, (peak - base) / tokens, parts)
+
+
+def _one_step(stand: Stand) -> None:
+    """From the end of an optimizer step to the end of the next."""
+    done = stand.steps["alone"]
+    stand.until(lambda: stand.steps["alone"] > done)
 
 
 def _peft(

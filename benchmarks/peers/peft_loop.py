@@ -7,7 +7,7 @@ bears a loss. Micro-batches are as large as memory allows, up to the whole step.
 from __future__ import annotations
 
 import contextlib
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,6 @@ class PeftLoop:
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=1e-4, weight_decay=0.0)
         self._clock, self._memory = clock, memory
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its names, each time
         self.attention = "flash"
 
     def measure(self, rows: torch.Tensor, steps: int, *, checkpointing: bool) -> Measured:
@@ -53,6 +52,10 @@ class PeftLoop:
                     if micro == 1:
                         raise
                     micro = (micro + 1) // 2
+                except RuntimeError as error:
+                    if self.attention != "flash" or "No available kernel" not in str(error):
+                        raise
+                    self.attention = "torch's choice, flash attention is not available here"
                 self._optimizer.zero_grad()
                 self._memory.release()
             stored, peak = self._bytes(rows[:micro])
@@ -68,34 +71,27 @@ class PeftLoop:
     def _step(self, rows: torch.Tensor, micro: int) -> None:
         for first in range(0, len(rows), micro):
             part = rows[first : first + micro]
-            (self._loss(part) * (len(part) / len(rows))).backward()
+            self._gradients(part, len(part) / len(rows))
         torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
 
-    def _loss(self, rows: torch.Tensor) -> torch.Tensor:
-        with self._flash():
-            try:
-                return self._model(input_ids=rows, labels=rows, use_cache=False).loss
-            except RuntimeError as error:
-                if self.attention != "flash" or "No available kernel" not in str(error):
-                    raise
-        self.attention = "torch's choice, flash attention is not available here"
-        return self._loss(rows)
-
-    def _flash(self) -> contextlib.AbstractContextManager[Any]:
-        return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if self.attention == "flash" else contextlib.nullcontext()
+    def _gradients(self, rows: torch.Tensor, share: float, between: Callable[[], object] = lambda: None) -> None:
+        """Forward and backward, of the same attention: checkpointing runs the forward again in the latter."""
+        flash = self.attention == "flash"
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext():
+            loss = self._model(input_ids=rows, labels=rows, use_cache=False).loss
+            between()
+            (loss * share).backward()
 
     def _bytes(self, rows: torch.Tensor) -> tuple[int | None, int | None]:
         """(between forward and backward, at the peak) above what stands before: weights, gradients, optimizer."""
         self._memory.release()
-        before = self._memory.held()
+        before, between = self._memory.held(), list[int | None]()
         self._memory.reset()
-        loss = self._loss(rows)
-        stored = self._memory.held()
-        loss.backward()
+        self._gradients(rows, 1.0, lambda: between.append(self._memory.held()))
         peak = self._memory.peak()
         self._optimizer.zero_grad(set_to_none=False)
-        if before is None or stored is None or peak is None:
+        if before is None or between[0] is None or peak is None:
             return None, None
-        return stored - before, peak - before
+        return between[0] - before, peak - before

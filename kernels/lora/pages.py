@@ -31,6 +31,7 @@ class PageTable:
     scaling: Tensor  # float32 [sites, adapters]
     ranks: tuple[tuple[int, ...], ...]  # [sites][adapters], the host's copy
     widths: tuple[tuple[int, int], ...]  # (in, out) a site, the host's copy
+    largest_rank: int
     _views: dict[tuple[int, int], SitePages] = field(default_factory=dict, repr=False, compare=False)
 
     def at(self, first: int, count: int = 1) -> SitePages:

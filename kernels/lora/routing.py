@@ -6,6 +6,7 @@ adapter are absent: they cost a kernel nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,24 +63,31 @@ def route(
     """
     _check(ranges, adapters)
     size = block_rows_for(ranges) if block_rows is None else block_rows
-    groups: list[list[int]] = [[] for _ in range(adapters)]
-    for r in ranges:
-        groups[r.adapter].extend(range(r.start, r.end))
-    rows: list[int] = []
-    blocks: list[int] = []
-    chunks: list[int] = []
-    chunk_starts = [0]
-    for adapter, group in enumerate(groups):
-        blocks += _pieces(adapter, len(rows), len(group), size)
-        chunks += _pieces(adapter, len(rows), len(group), chunk_rows)
-        chunk_starts.append(len(chunks) // 3)
-        rows += group
+    rows, blocks = grouped(ranges, adapters, size)
+    _, chunks = grouped(ranges, adapters, chunk_rows)
+    counts = [0] * adapters
+    for adapter in chunks[::3]:
+        counts[adapter] += 1
+    chunk_starts = list(itertools.accumulate(counts, initial=0))
     packed = integers(rows + blocks + chunks + chunk_starts, device)
     on_device = packed.split([len(rows), len(blocks), len(chunks), len(chunk_starts)])
     return Routing(
         tuple(ranges), adapters, size,
         on_device[0], on_device[1].view(-1, 3), on_device[2].view(-1, 3), on_device[3],
     )  # fmt: skip
+
+
+def grouped(ranges: Sequence[RowRange], adapters: int, size: int) -> tuple[list[int], list[int]]:
+    """Packed rows by adapter, and (adapter, first, length) of the pieces of at most `size` rows, flat."""
+    groups: list[list[int]] = [[] for _ in range(adapters)]
+    for r in ranges:
+        groups[r.adapter].extend(range(r.start, r.end))
+    rows: list[int] = []
+    pieces: list[int] = []
+    for adapter, group in enumerate(groups):
+        pieces += _pieces(adapter, len(rows), len(group), size)
+        rows += group
+    return rows, pieces
 
 
 def _pieces(adapter: int, first: int, length: int, size: int) -> list[int]:

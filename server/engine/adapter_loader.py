@@ -12,12 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 
-from coserve.server.engine.adapter_pool import Weights
 from coserve.server.engine.cores import work_alone
-
-
-def weights_bytes(weights: Weights) -> int:
-    return sum(t.numel() * t.element_size() for pair in weights.values() for t in (pair.a, pair.b))
+from coserve.server.engine.host_image import Weights, weights_bytes
 
 
 class AdapterLoader:

@@ -12,39 +12,15 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from coserve.kernels.lora import PageTable
+from coserve.kernels.transfer import integers
+from coserve.server.engine.host_image import HostImage, Weights, folded
 from coserve.server.engine.kv_cache import BlockAllocator
 from coserve.server.engine.page_tables import PagedSites, PagedTensor, PageTables
-from coserve.server.training.peft.sites import Site
-
-
-class LowRank(Protocol):
-    """One adapter at one site: y += (x Aᵀ) B · scaling with a [r, in], b [r, out]."""
-
-    @property
-    def a(self) -> Tensor: ...
-    @property
-    def b(self) -> Tensor: ...
-    @property
-    def scaling(self) -> float: ...
-
-
-class PoolUser(Protocol):
-    """What a pool needs to know of a model."""
-
-    @property
-    def hidden_size(self) -> int: ...
-
-    dtype: torch.dtype
-    device: torch.device
-
-
-Weights = Mapping[str, LowRank]  # site name -> its pair
 
 
 class PoolFull(RuntimeError):
@@ -71,17 +47,7 @@ class _Resident:
     kept: bool = False  # pinned by its tenant
     in_flight: int = 0
     retired: bool = False  # goes with its last request
-
-
-class PooledAdapter:
-    """A resident version, or a training copy, as passes ask for it."""
-
-    def __init__(self, pool: AdapterPool, key: str) -> None:
-        self.pool, self.key = pool, key
-
-    def pair(self, site: Site) -> tuple[Tensor, Tensor, float] | None:
-        """(A [r, in], B [r, out], scaling), as it is while the rows run."""
-        return self.pool.tensors(self.key, site.name)
+    arrival: torch.cuda.Event | None = None  # when its pages are written, on CUDA
 
 
 class AdapterPool:
@@ -110,7 +76,13 @@ class AdapterPool:
         self._flat = torch.zeros(self.num_pages * page_elements, dtype=dtype, device=device)
         self._allocator = BlockAllocator(self.num_pages)
         self._tables = PageTables(self._flat, page_elements)
+        self._side = torch.cuda.Stream(device) if self._flat.is_cuda else None
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+
+    @property
+    def flat(self) -> Tensor:
+        """[num_pages * page_elements], the pool itself: to be read."""
+        return self._flat
 
     @property
     def device(self) -> torch.device:
@@ -170,17 +142,38 @@ class AdapterPool:
         wanted = self.pages_wanted(weights)
         if wanted > self.pages_available:
             raise PoolFull(wanted, self.pages_available, self.page_bytes)
-        values = {site: _as_stored(pair, fold_scaling) for site, pair in weights.items()}
+        fold = fold_scaling and not isinstance(weights, HostImage)  # an image's is folded already
+        values = {name: folded(pair) if fold else (pair.a, pair.b, pair.scaling) for name, pair in weights.items()}
         self._evict_until(wanted)
         sites = {site: (self._place(a), self._place(b), scaling) for site, (a, b, scaling) in values.items()}
         self._residents[key] = _Resident(sites, wanted, pinned)
         try:
+            if isinstance(weights, HostImage):
+                self._write_pages(self._residents[key], weights)
+                return
             for site, (a, b, _) in values.items():
                 self._write(sites[site][0], a)
                 self._write(sites[site][1], b)
         except Exception:
             self._drop(key)  # memory ran out: its pages go back
             raise
+
+    def image_of(self, weights: Weights) -> Weights:
+        """The same, laid out for one copy that nobody waits for; as they are where device and host are one. May be
+        called from any thread."""
+        if self.device.type != "cuda":
+            return weights
+        return HostImage(weights, self.page_elements, self.dtype, pinned=True)
+
+    def ready(self, key: str) -> bool:
+        """Whether an adapter is resident and its pages are written. Never waits."""
+        resident = self._residents.get(key)
+        return resident is not None and (resident.arrival is None or resident.arrival.query())
+
+    @property
+    def arriving(self) -> bool:
+        """Whether some resident adapter's pages are still being written."""
+        return any(r.arrival is not None and not r.arrival.query() for r in self._residents.values())
 
     def acquire(self, key: str) -> None:
         """One more request uses a resident adapter."""
@@ -319,6 +312,22 @@ class AdapterPool:
         padded[: tensor.numel()].copy_(tensor.reshape(-1))
         self._flat.view(self.num_pages, -1)[stored.where] = padded.view(len(stored.pages), -1)
 
+    def _write_pages(self, resident: _Resident, image: HostImage) -> None:
+        """One copy and one scatter; on CUDA beside the iterations, on a stream of their own."""
+        numbers = [page for a, b, _ in resident.sites.values() for t in (a, b) for page in t.pages]
+        by_page = self._flat.view(self.num_pages, -1)
+        if self._side is None:
+            by_page[torch.tensor(numbers, device=self.device)] = image.pages.to(self.device)
+            return
+        index = integers(numbers, self.device, torch.int64)
+        # Who had these pages before has read them, and they have been cleared, once the queue has come to here.
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        index.record_stream(self._side)
+        with torch.cuda.stream(self._side):
+            by_page.index_copy_(0, index, image.pages.to(self.device, non_blocking=True))
+            resident.arrival = torch.cuda.Event()
+            resident.arrival.record(self._side)
+
     def _read(self, stored: PagedTensor) -> Tensor:
         if stored.consecutive:
             return stored.where
@@ -333,6 +342,8 @@ class AdapterPool:
     def _drop(self, key: str) -> None:
         resident = self._residents.pop(key)
         self._tables.forget(resident.sites)
+        if resident.arrival is not None:
+            torch.cuda.current_stream(self.device).wait_event(resident.arrival)
         by_page = self._flat.view(self.num_pages, -1)
         for a, b, _ in resident.sites.values():
             for stored in (a, b):
@@ -341,27 +352,9 @@ class AdapterPool:
                     self._allocator.free(page)
 
 
-def pool_of(model: PoolUser, adapters: Sequence[Weights]) -> list[PooledAdapter]:
-    """Training copies in a pool of their own that just holds them."""
-    page_elements = default_page_elements(model.hidden_size)
-    tensors = [t for weights in adapters for pair in weights.values() for t in (pair.a, pair.b)]
-    pages = sum(-(-t.numel() // page_elements) for t in tensors)
-    pool = AdapterPool(pages * page_elements * model.dtype.itemsize, page_elements, model.dtype, model.device)
-    for number, weights in enumerate(adapters):
-        pool.load(str(number), weights, pinned=True, fold_scaling=False)
-    return [PooledAdapter(pool, str(number)) for number in range(len(adapters))]
-
-
 def default_page_elements(hidden_size: int) -> int:
     """A page holds 8 rank rows of the model's hidden size."""
     return 8 * hidden_size
-
-
-def _as_stored(pair: LowRank, fold_scaling: bool) -> tuple[Tensor, Tensor, float]:
-    if not fold_scaling:
-        return pair.a, pair.b, pair.scaling
-    # In at least float32, so that B is rounded to the pool's dtype once.
-    return pair.a, pair.b.to(torch.promote_types(pair.b.dtype, torch.float32)) * pair.scaling, 1.0
 
 
 def _idle(resident: _Resident) -> bool:

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from coserve.server.engine.adapter_loader import AdapterLoader
-from coserve.server.engine.adapter_pool import AdapterPool, PooledAdapter, Weights
+from coserve.server.engine.adapter_pool import AdapterPool, Weights
 from coserve.server.engine.containment import attempt
 from coserve.server.engine.pins import Pins
+from coserve.server.engine.pooled_adapter import PooledAdapter
 from coserve.server.training.fault import Fault, fault_of
 from coserve.server.training.peft.folder import AdapterError, AdapterUnreadable
 from coserve.server.wire.messages import AdapterRef
@@ -33,8 +34,13 @@ class AdapterBook:
         self._reserved: set[str] = set()
         self.pins = Pins(pool)
 
+    def close(self) -> None:
+        """End the loads; called once, when the engine drains."""
+        self._loader.close()
+
     def ready(self, ref: AdapterRef | None) -> bool:
-        return ref is None or ref.digest in self.pool
+        """Whether its rows may run now."""
+        return ref is None or self.pool.ready(ref.digest)
 
     def handle(self, ref: AdapterRef) -> PooledAdapter:
         if ref.digest not in self._resident:

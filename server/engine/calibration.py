@@ -22,10 +22,10 @@ from coserve.scheduler.state import (
     Ride,
     SchedulerState,
 )
-from coserve.server.engine.adapter_pool import PooledAdapter, pool_of
 from coserve.server.engine.head import head_steps
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.packing import sweep_state
+from coserve.server.engine.pooled_adapter import PooledAdapter, pool_of
 from coserve.server.engine.requests import Request, RequestBook
 from coserve.server.engine.runner import YIELDED, Runner
 from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence

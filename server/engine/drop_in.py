@@ -76,7 +76,7 @@ def replace_modules(model: nn.Module, functions: LayerFunctions) -> dict[str, st
     device = next(model.parameters()).device
     replaced: dict[str, str] = {}
     for name, module in list(model.named_modules()):
-        if not name or any(name.startswith(done + ".") for done in replaced):
+        if not name or any(name.startswith(done + ".") for done, kind in replaced.items() if kind == "mlp"):
             continue
         new = _norm_like(module, functions, device) or _mlp_like(module, functions, device)
         if new is not None:

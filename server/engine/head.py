@@ -12,9 +12,13 @@ bit however the slices are spread over units.
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from coserve.kernels.transfer import to_device
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.sweep import Sweep
 
@@ -49,7 +53,7 @@ class HeadBatch:
         self.steps = 0
         # A copy: forward windows go on writing their rows of `final` while this batch is part-way.
         self._hidden = sweep.final[self.start : self.end].clone().requires_grad_(sweep.backward)
-        self._targets = torch.from_numpy(sweep.label_targets[self.start : self.end]).to(sweep.device)
+        self._targets = sweep.label_targets[self.start : self.end]  # on the host, so that no one waits for them
         self._logits: list[Tensor | None] = []  # per slice [R, slice], kept for the backward
         self._lse: Tensor | None = None  # [R] over the slices so far
         self._best: Tensor | None = None  # [R] largest logit so far
@@ -102,22 +106,26 @@ class HeadBatch:
             raise RuntimeError("the batch has not been through the head")
         steps = [sweep.sequences[int(owner)].step for owner in sweep.label_owner[self.start : self.end]]
         losses, correct = self._lse - self._chosen, self._chosen >= self._best
-        for step, loss, hit in zip(steps, losses.tolist(), correct.tolist(), strict=True):
-            step.loss_sum += loss
-            step.correct += hit
+        first = 0
+        for _, same in itertools.groupby(steps, key=id):
+            rows = list(same)
+            part = slice(first, first + len(rows))
+            rows[0].add_losses(losses[part], correct[part])
+            first = part.stop
         if self._gradient is not None:
             # A row's weight scales its whole gradient: apply it to H numbers, not to V.
             weight = torch.tensor([[1.0 / step.loss_tokens] for step in steps], dtype=self._gradient.dtype)
+            weight = to_device(weight, sweep.device)
             if sweep.dy is None:
                 sweep.dy = self._gradient.new_zeros(sweep.rows, self._gradient.shape[1])
-            index = torch.from_numpy(sweep.label_rows[self.start : self.end]).to(sweep.device)
-            sweep.dy[index] = self._gradient * weight.to(sweep.device)
+            index = to_device(torch.from_numpy(sweep.label_rows[self.start : self.end]), sweep.device)
+            sweep.dy[index] = self._gradient * weight
         sweep.head_rows = self.end
         if sweep.head_left == 0 and sweep.forward_done:
             sweep.final = None
 
     def _labels_in(self, part: slice) -> tuple[Tensor, Tensor]:
         """(rows, columns) of the labels that lie in this slice of the vocabulary."""
-        inside = (self._targets >= part.start) & (self._targets < part.stop)
-        rows = inside.nonzero()[:, 0]
-        return rows, self._targets[rows] - part.start
+        rows = np.flatnonzero((self._targets >= part.start) & (self._targets < part.stop))
+        both = to_device(torch.from_numpy(np.stack([rows, self._targets[rows] - part.start])), self._sweep.device)
+        return both[0], both[1]

@@ -163,6 +163,7 @@ class Intake:
     def _finish_drain(self) -> None:
         self._abort_all()
         self._trainer.close()
+        self._adapters.close()
         for event in self._trainer.events():
             self._socket.send(event)
         self._socket.send(Drained())

@@ -193,11 +193,15 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        *,
+        scratch: bool = False,
     ) -> None:
+        """`scratch`: one block more, number `scratch_block`, that no allocator gives out."""
         self.layers = tuple(layers)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        slots = num_blocks * block_size
+        self.scratch_block = num_blocks
+        slots = (num_blocks + scratch) * block_size
         # Zeroed once: a slot that nobody wrote may be read where a mask hides it, and 0 × NaN is NaN.
         self.keys = [torch.zeros(slots, s.kv_heads, s.key_dim, dtype=dtype, device=device) for s in self.layers]
         self.values = [torch.zeros(slots, s.kv_heads, s.value_dim, dtype=dtype, device=device) for s in self.layers]

@@ -48,7 +48,8 @@ class Engine:
         """Until drained."""
         while not self._intake.drained:
             if not self.step():
-                self._socket.wait(_SIDE_SECONDS if self._trainer.busy else _IDLE_SECONDS)
+                soon = self._trainer.busy or self._adapters.pool.arriving
+                self._socket.wait(_SIDE_SECONDS if soon else _IDLE_SECONDS)
 
     def step(self) -> bool:
         """One iteration; False if there was nothing to run."""

@@ -90,7 +90,7 @@ class BaseModel:
         self.backend = backend or choose_backend("auto", self.dtype, self.device)
         self.backend.prepare(model)
         self._binding = Binding()
-        self._layout: dict[str, tuple[int, int]] = {}
+        self.layout: dict[str, tuple[int, int]] = {}  # site name -> (in, out); sites that share a launch side by side
         siblings = sibling_linears(Frame(model, self.base_name, "layers"), self.layers)
         self.sites: tuple[Site, ...] = tuple(self._wrap_linears(siblings, training))
         self.head = self._wrap_head(training)
@@ -151,9 +151,9 @@ class BaseModel:
                 raise UnsupportedModel(f"layer {index} does not always use its linear layers ({unused})")
             for names in siblings[index]:
                 product = self._product([linears[name] for name in names], training)
-                members, first = [of_name[name] for name in names], len(self._layout)
-                self._layout.update((site.name, (site.in_features, site.out_features)) for site in members)
-                group = LinearGroup(product, members, self._layout, first, self._binding)
+                members, first = [of_name[name] for name in names], len(self.layout)
+                self.layout.update((site.name, (site.in_features, site.out_features)) for site in members)
+                group = LinearGroup(product, members, self.layout, first, self._binding)
                 for member, name in enumerate(names):
                     layer.set_submodule(name, AdapterLinear(group, member, linears[name].weight))
             sites += of_name.values()

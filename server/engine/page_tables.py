@@ -97,6 +97,7 @@ class PageTables:
             scaling=to_device(torch.from_numpy(np.ascontiguousarray(scaling)), device),
             ranks=tuple(tuple(row) for row in index[:, :, 0].tolist()),
             widths=tuple(sites.values()),
+            largest_rank=int(index[:, :, 0].max(initial=0)),
         )
 
     def _part(self, paged: PagedSites, names: tuple[str, ...]) -> _Part:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coserve.server.engine.adapter_pool import PooledAdapter, pool_of
 from coserve.server.engine.attention import ATTENTION_NAME, UnsupportedModel, register
 from coserve.server.engine.backend import Backend
 from coserve.server.engine.backward import run_backward_unit
@@ -26,6 +25,7 @@ from coserve.server.engine.generation import GenerationPart, RowRun
 from coserve.server.engine.head import run_head_unit
 from coserve.server.engine.kv_cache import KVCache
 from coserve.server.engine.model import BaseModel
+from coserve.server.engine.pooled_adapter import PooledAdapter, pool_of
 from coserve.server.engine.shapes import layer_shapes
 from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
 from coserve.server.training.peft.sites import Site

@@ -6,13 +6,14 @@ does not fit in memory, or raises, is left out (`relief`): nothing is booked bef
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from coserve.kernels.transfer import integers
 from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Plan, Unit
 from coserve.server.engine.adapters import AdapterBook
 from coserve.server.engine.backward import run_backward_unit
@@ -24,14 +25,17 @@ from coserve.server.engine.head import run_head_unit
 from coserve.server.engine.iterations import Work
 from coserve.server.engine.kv_cache import KVCache
 from coserve.server.engine.model import BaseModel
+from coserve.server.engine.readings import PendingReadings, Reading
 from coserve.server.engine.relief import Load, Relief, apart, smaller
 from coserve.server.engine.requests import Request, RequestBook
-from coserve.server.engine.sampler import Sampled, sample, token_logprobs
+from coserve.server.engine.sampler import Sampled
+from coserve.server.engine.stopwatch import Stopwatch
 from coserve.server.engine.sweep import Sweep
 from coserve.server.training.fault import INTERNAL, OUT_OF_MEMORY, Fault
-from coserve.server.wire.messages import TokenLogprob
 
-_LOGIT_ROWS = 64  # logit rows at a time: a row of a 262k vocabulary is a megabyte
+if TYPE_CHECKING:
+    from coserve.server.engine.decode_graphs import DecodeGraphs
+
 YIELDED = Fault("yielded", "generation needed the memory")
 _NOT_FINITE = "the adapter makes the model's values infinite or not a number; train it again with a lower learning rate"
 
@@ -48,25 +52,18 @@ class Outcome:
     disturbed: bool = False  # something did not run as planned: the seconds say nothing of the plan
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """What the rows of a request said, before anything is booked."""
-
-    request: Request
-    rows: int
-    prompt_logprobs: list[TokenLogprob | None]
-    sampled: Sampled | None  # None: its tokens have not all run
-
-
 class Runner:
     """Runs plans on one model and cache."""
 
     def __init__(
         self, model: BaseModel, cache: KVCache, requests: RequestBook, adapters: AdapterBook,
-        cores: CoreSharing | None = None,
+        cores: CoreSharing | None = None, graphs: DecodeGraphs | None = None,
     ) -> None:  # fmt: skip
         self.model, self._cache, self._cores = model, cache, cores
-        self._requests, self._adapters = requests, adapters
+        self._requests, self._adapters, self._graphs = requests, adapters, graphs
+        # Where the host runs ahead of the device, tokens are read when everything else of the iteration is queued.
+        self._defers = model.device.type == "cuda"
+        self._pending: list[PendingReadings] = []
 
     def run(self, plan: Plan, sweeps: Mapping[int, Sweep]) -> Outcome:
         """Requests of the plan must be admitted (hold `SequenceBlocks`); what ran is committed to them.
@@ -75,26 +72,20 @@ class Runner:
         """
         if self._cores is not None:
             self._cores.adjust()
-        outcome = Outcome()
-        began = time.perf_counter()
+        outcome, watch = Outcome(), Stopwatch(self.model.device)
         loads = [Load(plan.decodes, plan.prefills, plan.rides)]
         while loads:
             loads[:1] = self._forward_or_relief(loads[0], sweeps, outcome)
+        watch.mark("forward")
         for index, unit in enumerate(plan.units):
-            ended = self._clock()
-            outcome.parts["forward" if index == 0 else index - 1] = ended - began
-            began = ended
             if unit.sweep_id not in outcome.lost:
                 self._unit_or_loss(unit, sweeps[unit.sweep_id], outcome)
-        outcome.parts[len(plan.units) - 1 if plan.units else "forward"] = self._clock() - began
+            watch.mark(index)
+        self._take_pending(outcome)
+        outcome.parts = watch.parts()
         if not (plan.decodes or plan.prefills or plan.rides):
             outcome.parts.pop("forward", None)
         return outcome
-
-    def _clock(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
 
     # ------------------------------------------------------------------ the packed forward
 
@@ -138,21 +129,37 @@ class Runner:
         if not scheduled and not rides:
             return
         runs = [self._row_run(request, rows) for request, rows in scheduled]
-        backend = self.model.backend
-        generation = GenerationPart(runs, self._cache, backend)
-        parts = [SweepPart(s, s.forward_rows, s.forward_rows + rows, backend) for s, rows in rides]
-        ids = [torch.tensor(self._token_ids(scheduled), dtype=torch.int64, device=self.model.device)]
-        ids += [part.sweep.ids[part.start : part.end] for part in parts]
-        positions = [generation.positions] + [part.sweep.positions[part.start : part.end] for part in parts]
-        packed = PackedPass([generation, *parts], backend)
-        hidden = run_packed(self.model, torch.cat(ids), torch.cat(positions), packed)
-        readings = self._read(scheduled, hidden[: generation.rows], outcome)
-        row = generation.rows
+        parts = [SweepPart(s, s.forward_rows, s.forward_rows + rows, self.model.backend) for s, rows in rides]
+        hidden, logits = self._through_the_layers(runs, self._token_ids(scheduled), parts)
+        generated = sum(run.rows for run in runs)
+        pending = PendingReadings(self.model, scheduled, hidden[:generated]) if scheduled else None
+        if pending is not None:
+            pending.begin(logits)
+        readings = [] if pending is None or self._defers else pending.take()
+        row = generated
         for ride, part in zip(load.rides, parts, strict=True):
             self._finish_ride(ride.sweep_id, part, hidden[row : row + part.rows], outcome)
             row += part.rows
         for reading in readings:
             self._commit(reading, outcome)
+        if pending is not None and self._defers:
+            self._pending.append(pending)
+
+    def _through_the_layers(
+        self, runs: list[RowRun], ids: list[int], parts: list[SweepPart]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output of the last layer [rows, H], and the logits [rows, V] where they came with it."""
+        if self._graphs is not None and not parts:
+            known = self._graphs.run(runs, ids)
+            if known is not None:
+                return known
+        backend = self.model.backend
+        generation = GenerationPart(runs, self._cache, backend)
+        all_ids = [integers(ids, self.model.device, torch.int64)]
+        all_ids += [part.sweep.ids[part.start : part.end] for part in parts]
+        positions = [generation.positions] + [part.sweep.positions[part.start : part.end] for part in parts]
+        packed = PackedPass([generation, *parts], backend)
+        return run_packed(self.model, torch.cat(all_ids), torch.cat(positions), packed), None
 
     def _finish_ride(self, sweep_id: int, part: SweepPart, hidden: Tensor, outcome: Outcome) -> None:
         """hidden [rows, H] of a sweep's window."""
@@ -188,37 +195,25 @@ class Runner:
     def _token_ids(scheduled: list[tuple[Request, int]]) -> list[int]:
         return [t for request, rows in scheduled for t in request.tokens[request.computed : request.computed + rows]]
 
-    def _read(self, scheduled: list[tuple[Request, int]], hidden: Tensor, outcome: Outcome) -> list[_Reading]:
-        """hidden [rows, H] of the generation rows: log-probabilities and new tokens, nothing booked yet."""
-        finite = bool(torch.isfinite(hidden.sum()))
-        row, ends, complete = 0, [], []
-        prompts: list[list[TokenLogprob | None]] = []
-        kept: list[tuple[Request, int]] = []
-        for request, rows in scheduled:
-            of_request = hidden[row : row + rows]
-            row += rows
-            if not finite and not bool(torch.isfinite(of_request).all()):
-                outcome.failed[request.id] = _not_finite(request)
+    def _take_pending(self, outcome: Outcome) -> None:
+        """Read what the forwards of this iteration left on the device."""
+        while self._pending:
+            pending = self._pending.pop(0)
+            readings: list[Reading] = []
+            fault = attempt("reading tokens", lambda p=pending, r=readings: r.extend(p.take()))  # type: ignore[misc]
+            if fault is not None:
+                outcome.failed.update(dict.fromkeys(pending.request_ids, fault))
                 outcome.disturbed = True
-                continue
-            kept.append((request, rows))
-            prompts.append(self._prompt_logprobs(request, of_request) if request.wants_prompt_logprobs else [])
-            if request.computed + rows == len(request.tokens):
-                ends.append(row - 1)
-                complete.append(request)
-        sampled: dict[str, Sampled] = {}
-        for start in range(0, len(ends), _LOGIT_ROWS):
-            chunk = slice(start, start + _LOGIT_ROWS)
-            tokens = sample(self.model.logits(hidden[ends[chunk]]), [r.row for r in complete[chunk]])
-            sampled.update(zip((r.id for r in complete[chunk]), tokens, strict=True))
-        return [
-            _Reading(request, rows, logprobs, sampled.get(request.id))
-            for (request, rows), logprobs in zip(kept, prompts, strict=True)
-        ]
+            for reading in readings:
+                self._commit(reading, outcome)
 
-    def _commit(self, reading: _Reading, outcome: Outcome) -> None:
+    def _commit(self, reading: Reading, outcome: Outcome) -> None:
         """Count a request's rows and take its token."""
         request, rows, work = reading.request, reading.rows, outcome.work
+        if not reading.finite:
+            outcome.failed[request.id] = _not_finite(request)
+            outcome.disturbed = True
+            return
         if request.output and len(request.tokens) - request.computed == 1:
             work.decode += rows
         else:
@@ -229,19 +224,6 @@ class Runner:
         self._requests.commit(request, rows)
         if reading.sampled is not None:
             outcome.sampled.append((request, reading.sampled))
-
-    def _prompt_logprobs(self, request: Request, hidden: Tensor) -> list[TokenLogprob | None]:
-        """hidden [rows, H] of a prompt chunk: row i predicts the token after it."""
-        first = request.computed
-        found: list[TokenLogprob | None] = [None] if first == 0 else []
-        following = list(request.message.prompt_ids[first + 1 : first + 1 + hidden.shape[0]])
-        top = request.message.sampling.prompt_logprobs or 0
-        for start in range(0, len(following), _LOGIT_ROWS):
-            targets = following[start : start + _LOGIT_ROWS]
-            logits = self.model.logits(hidden[start : start + len(targets)])
-            for entry in token_logprobs(logits, targets, top):
-                found.append(TokenLogprob(entry.token_id, float(entry.logprob or 0.0), entry.top))
-        return found
 
     # ------------------------------------------------------------------ training units
 

@@ -7,8 +7,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from coserve.server.engine.adapter_pool import AdapterPool, PooledAdapter
+from coserve.server.engine.adapter_pool import AdapterPool
 from coserve.server.engine.packing import split_batch
+from coserve.server.engine.pooled_adapter import PooledAdapter
 from coserve.server.engine.sweep import JobStep, TrainSequence
 from coserve.server.training.batches import Batch
 from coserve.server.training.job import TrainingJob

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coserve.kernels.transfer import integers, to_device
 from coserve.server.engine.random_stream import uniform
 from coserve.server.wire.messages import SamplingParams
 
@@ -102,6 +103,24 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
     return _with_logprobs(logits, rows, tokens)
 
 
+def chosen_on_device(row: SamplingRow) -> bool:
+    """Whether `choose` can take this row: greedy or temperature alone, no edits and no log-probabilities."""
+    plain = row.greedy or not row.filtered
+    return plain and not row.edits_logits and row.params.logprobs is None
+
+
+def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """The tokens of `sample`, int64 [R] on the logits' device, without waiting for it. See `chosen_on_device`."""
+    logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    tokens = logits.argmax(-1)
+    drawn = [index for index, row in enumerate(rows) if not row.greedy]
+    if drawn:
+        index = integers(drawn, logits.device, torch.int64)
+        some = logits if len(drawn) == len(rows) else logits.index_select(0, index)
+        tokens.index_copy_(0, index, _sample_by_chunks(some, [rows[i] for i in drawn]))
+    return tokens
+
+
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: int) -> list[Sampled]:
     """Log-softmax of the raw logits [R, V] at one token a row, with the `top` best alternatives."""
     if not len(token_ids):
@@ -175,7 +194,8 @@ def _argmax(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 def _relative(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """(logits - best) / temperature, at most 0, in a new tensor. NaN counts as -inf, +inf as the largest."""
     best = logits.amax(-1, keepdim=True)
-    if not bool(best.isfinite().all()):
+    # On CUDA without asking: finite values come through unchanged.
+    if logits.is_cuda or not bool(best.isfinite().all()):
         logits = logits.nan_to_num(nan=-math.inf, posinf=torch.finfo(logits.dtype).max, neginf=-math.inf)
         best = logits.amax(-1, keepdim=True)
         logits = torch.where(best.isfinite(), logits, 0.0)  # a row of nothing else: every token is as good
@@ -190,25 +210,25 @@ def _sample_plain(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     return [
         token
         for start in range(0, len(rows), at_once)
-        for token in _sample_by_chunks(logits[start : start + at_once], rows[start : start + at_once])
+        for token in _sample_by_chunks(logits[start : start + at_once], rows[start : start + at_once]).tolist()
     ]
 
 
-def _sample_by_chunks(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    temperatures = torch.tensor([row.params.temperature for row in rows], dtype=logits.dtype, device=logits.device)
+def _sample_by_chunks(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    temperatures = to_device(torch.tensor([row.params.temperature for row in rows], dtype=logits.dtype), logits.device)
     weights = _relative(logits, temperatures[:, None]).exp_()
     count, size = weights.shape
     if size % _CHUNK:
         weights = torch.nn.functional.pad(weights, (0, -size % _CHUNK))
     padded = weights.view(count, -1, _CHUNK)
     borders = padded.sum(-1, dtype=torch.float64).cumsum(-1)
-    targets = torch.tensor([_uniform(row) for row in rows], dtype=torch.float64, device=logits.device)
+    targets = to_device(torch.tensor([_uniform(row) for row in rows], dtype=torch.float64), logits.device)
     targets = targets[:, None] * borders[:, -1:]
     chunk = _search_sums(borders, targets)
     below = torch.where(chunk > 0, borders.gather(1, (chunk - 1).clamp(min=0)), 0.0)
     inside = padded[torch.arange(count, device=logits.device), chunk[:, 0]].double()
     within = _search_sums(inside.cumsum(-1), targets - below)
-    return (chunk * _CHUNK + within)[:, 0].clamp_(max=size - 1).tolist()
+    return (chunk * _CHUNK + within)[:, 0].clamp_(max=size - 1)
 
 
 def _search_sums(running: Tensor, targets: Tensor) -> Tensor:

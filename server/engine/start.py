@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -34,6 +35,9 @@ from coserve.server.training.peft.folder import read_folder
 from coserve.server.wire.lifeline import Heartbeat
 from coserve.server.wire.messages import EngineReady
 from coserve.server.wire.sync import EngineSocket
+
+if TYPE_CHECKING:
+    from coserve.server.engine.decode_graphs import DecodeGraphs
 
 log = logging.getLogger("coserve.engine")
 
@@ -75,14 +79,15 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
     pool = _pool(loaded, options)
 
     def read(folder: Path) -> Weights:
-        return read_folder(folder, model.sites, loaded.digest)[1]
+        return pool.image_of(read_folder(folder, model.sites, loaded.digest)[1])
 
     loader = AdapterLoader(read, options.adapter_cache_bytes())
     adapters = AdapterBook(pool, loader, options.data_dir)
 
     calibrated = RequestBook(blocks, 1.0, 1.0)
     cores = CoreSharing() if model.device.type == "cpu" else None
-    trial = Runner(model, cache, calibrated, adapters, cores)
+    graphs = _decode_graphs(loaded, cache, pool)
+    trial = Runner(model, cache, calibrated, adapters, cores, graphs)
     calibration = Calibration(model, trial, calibrated, loaded.max_model_len)
     step = calibration.measure(options.window())
     itl, ttft = _promises(options, step)
@@ -109,7 +114,7 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
 
     intake = Intake(socket, ready, requests, adapters, trainer, checks, iterations, loaded.max_model_len)
     stats = StatsClock(socket, requests, trainer, pool, iterations, lambda: fixed)
-    runner = Runner(model, cache, requests, adapters, cores)
+    runner = Runner(model, cache, requests, adapters, cores, graphs)
     engine = Engine(
         socket, intake, requests, adapters, trainer, scheduler, runner, iterations, stats,
         max_running=options.running(), max_adapters=lambda: adapters.capacity(r.version for r in requests),
@@ -124,17 +129,28 @@ def _kv_cache(loaded: LoadedModel, options: EngineOptions) -> tuple[BlockManager
     bytes_each = block_bytes(shapes, options.block_size, loaded.base.dtype)
     longest = -(-loaded.max_model_len // options.block_size)
     # Never more than every running sequence could use at once.
-    count = min(options.kv_bytes() // bytes_each, options.running() * longest)
+    scratch = loaded.base.backend.captures  # for rows that only fill a graph up
+    count = min(options.kv_bytes() // bytes_each - scratch, options.running() * longest)
     if count < 1:
         raise ModelRefused(
             f"--kv-memory {options.kv_bytes()} holds no block: one block of {options.block_size} tokens takes "
-            f"{bytes_each} bytes of this model; give at least {bytes_each * longest} for one full context"
+            f"{bytes_each} bytes of this model; give at least {bytes_each * (longest + scratch)} for one full context"
         )
     if count < longest:
         log.warning("the K/V cache holds %d tokens, less than one context of %d: longer sequences will be refused",
                     count * options.block_size, loaded.max_model_len)  # fmt: skip
     manager = BlockManager(count, options.block_size)
-    return manager, KVCache(shapes, count, options.block_size, loaded.base.dtype, loaded.base.device)
+    cache = KVCache(shapes, count, options.block_size, loaded.base.dtype, loaded.base.device, scratch=scratch)
+    return manager, cache
+
+
+def _decode_graphs(loaded: LoadedModel, cache: KVCache, pool: AdapterPool) -> DecodeGraphs | None:
+    if not loaded.base.backend.captures or loaded.base.device.type != "cuda":
+        return None
+    # Here and not above: it imports Triton, which an installation without a GPU does not have.
+    from coserve.server.engine.decode_graphs import DecodeGraphs
+
+    return DecodeGraphs(loaded.base, cache, pool, loaded.max_model_len)
 
 
 def _pool(loaded: LoadedModel, options: EngineOptions) -> AdapterPool:

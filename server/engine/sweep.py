@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from coserve.kernels.dropout import RowKeys, dropout_rows
+from coserve.kernels.transfer import to_device
 from coserve.server.engine.backend import Adapter, AdapterRows, Dropout
 from coserve.server.training.peft.sites import Site
 
@@ -36,8 +37,32 @@ class JobStep:
     dropout: float = 0.0
     dropout_key: tuple[int, int] = (0, 0)  # (job seed, step)
     grads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # site name -> (dA, dB), float32 or wider
-    loss_sum: float = 0.0  # sum of -log p over the labels seen so far
-    correct: int = 0  # labels that were the most likely token
+    _loss_sum: float = field(default=0.0, init=False)
+    _correct: int = field(default=0, init=False)
+    _unread: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False)  # still on the device
+
+    @property
+    def loss_sum(self) -> float:
+        """Sum of -log p over the labels seen so far. Waits for the device."""
+        self._read()
+        return self._loss_sum
+
+    @property
+    def correct(self) -> int:
+        """Labels that were the most likely token. Waits for the device."""
+        self._read()
+        return self._correct
+
+    def add_losses(self, losses: Tensor, hits: Tensor) -> None:
+        """losses [r] and hits bool [r] of some labels; read later, so that the iteration goes on."""
+        self._unread.append((losses, hits))
+
+    def _read(self) -> None:
+        unread, self._unread = self._unread, []
+        for losses, hits in unread:
+            for loss, hit in zip(losses.tolist(), hits.tolist(), strict=True):
+                self._loss_sum += loss
+                self._correct += hit
 
     def add_gradient(self, site: Site, da: Tensor, db: Tensor) -> None:
         wide = torch.promote_types(da.dtype, torch.float32)
@@ -116,8 +141,8 @@ class Sweep:
         )
         owner = np.repeat(np.arange(len(self.sequences)), [len(s.input_ids) for s in self.sequences])
         labelled = np.flatnonzero(targets != -100)
-        self.ids = torch.from_numpy(ids.astype(np.int64)).to(self.device)
-        self.positions = torch.from_numpy(positions.astype(np.int64)).to(self.device)
+        self.ids = to_device(torch.from_numpy(ids.astype(np.int64)), self.device)
+        self.positions = to_device(torch.from_numpy(positions.astype(np.int64)), self.device)
         self.label_rows = labelled  # ascending stream rows that bear a label
         self.label_targets = targets[labelled].astype(np.int64)
         self.label_owner = owner[labelled]  # index into `sequences`
@@ -208,7 +233,7 @@ class Sweep:
         if self.final is None:
             self.final = y.new_empty(len(self.label_rows), y.shape[1])
         first, last = np.searchsorted(self.label_rows, (start, start + y.shape[0]))
-        rows = torch.from_numpy(self.label_rows[first:last] - start).to(self.device)
+        rows = to_device(torch.from_numpy(self.label_rows[first:last] - start), self.device)
         self.final[first:last] = y.index_select(0, rows)
 
     def finish_layer(self) -> None:

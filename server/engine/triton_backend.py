@@ -19,7 +19,7 @@ from coserve.kernels.attention.spans import KeySpan, SpanBatch, span_batch
 from coserve.kernels.attention.training import Score
 from coserve.kernels.attention.varlen import VarlenAttention, varlen_forward
 from coserve.kernels.layer.function import gated, rms_norm, rope
-from coserve.kernels.lora import PagedTerms, RowRange, SitePages, route
+from coserve.kernels.lora import PagedTerms, PageTable, Routing, RowRange, SitePages, route
 from coserve.kernels.lora.function import paged_lora_add
 from coserve.server.engine.backend import AdapterRows, AdapterTerms, PagedRows, SpanRows
 from coserve.server.engine.drop_in import LayerFunctions, replace_modules
@@ -103,6 +103,26 @@ class TritonTerms:
                 for number, rows in self._owners.items():
                     if rows.take_gradient is not None and ranks[number]:
                         rows.take_gradient(site, da[number], db[number])
+
+
+class FixedTerms:
+    """Terms whose routing and table are buffers that somebody refills; None: there are none. No gradients."""
+
+    def __init__(self, routing: Routing, table: PageTable | None) -> None:
+        self._routing, self._table = routing, table
+
+    def linear(self, group: LinearGroup, x: Tensor, current: RowsOfPass) -> Sequence[Tensor]:
+        y = group.product.joined(x)
+        if self._table is None:
+            return group.product.split(y)
+        terms = PagedTerms(self._routing, self._table.at(group.first, len(group.sites)))
+        return group.product.split(paged_lora_add(y, x, terms, in_place=True))
+
+    def leaves(self) -> list[Tensor]:
+        return []
+
+    def accumulate(self, grads: Sequence[Tensor]) -> None:
+        return None
 
 
 class TritonPagedRows:

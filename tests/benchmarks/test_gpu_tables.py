@@ -5,6 +5,7 @@ What they say of speed is not looked at. What they say of exactness is: in float
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -78,6 +79,16 @@ def test_decode_stands_over_its_floor_and_beside_its_peer(smoke: tuple[str, dict
         read = 4 * (TOY.layer_parameters + TOY.head_parameters) + batch * context * TOY.layers * 2 * 2 * 16 * 4
         assert floor == pytest.approx(1e3 * read / table["copy_bytes_per_second"], rel=0.02)
         assert over == pytest.approx(step / floor) and ahead == pytest.approx(peer / step) and over > 1
+
+
+def test_steps_are_taken_apart(smoke: tuple[str, dict[str, Any]]) -> None:
+    output, tables = smoke
+    parts = tables["decode"]["parts"]["3"]
+    seconds = [seconds for _, seconds, _ in parts["top"]]
+    assert seconds == sorted(seconds, reverse=True) and 0 < sum(seconds) <= parts["busy"]
+    assert f"A step at batch 3: the device is busy {1e3 * parts['busy']:.3g} of" in output
+    for policy in ("save", "recompute"):
+        assert tables["training"][f"coserve, {policy}, 32"]["parts"]["launches"] > 100
 
 
 def test_adapters_reserve_what_their_pages_take(smoke: tuple[str, dict[str, Any]]) -> None:
@@ -174,6 +185,29 @@ def test_what_a_token_of_the_large_model_costs() -> None:
     assert 4 * products < short < 1.1 * 4 * products < long < 1.3 * 4 * products
     again = LLAMA_8B.training_flop(2048, 16, forwards=2) - short
     assert 2 * LLAMA_8B.layer_parameters < again < 2.1 * LLAMA_8B.layer_parameters, "the head runs once"
+
+
+def test_an_engine_gives_back_what_it_held(tmp_path: Path) -> None:
+    """Many engines take turns in one process: on a GPU the next one needs the memory of the last one."""
+    import torch
+    from gpu_tables.bench import Bench
+    from gpu_tables.table import Results
+
+    from coserve.server.engine.adapter_pool import AdapterPool
+    from coserve.server.engine.kv_cache import KVCache
+
+    def alive() -> list[str]:
+        return [type(thing).__name__ for thing in gc.get_objects() if type(thing) in (KVCache, AdapterPool)]
+
+    gc.collect()
+    before = alive()
+    bench = Bench(torch.device("cpu"), True, 1, Results(None))
+    with bench.stand(kv_memory=1 << 20, adapter_memory=1 << 20, max_model_len=64, slo_itl_ms=1000.0) as stand:
+        requests = stand.generate(stand.prompts(2, 8), 3)
+        stand.until(lambda: all(stand.tokens[request] == 3 for request in requests))
+        assert len(alive()) == len(before) + 2 and stand.ready.max_model_len == 64
+    bench.memory.release()
+    assert alive() == before
 
 
 def test_a_machine_without_a_gpu_is_told_of_the_toy_size() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from coserve.server.engine.adapter_loader import AdapterLoader, weights_bytes
+from coserve.server.engine.adapter_loader import AdapterLoader
 from coserve.server.engine.adapter_pool import AdapterInUse, AdapterPool, PoolFull, default_page_elements
+from coserve.server.engine.host_image import weights_bytes
 
 torch.set_num_threads(1)
 PAGE = 40  # elements

@@ -22,9 +22,10 @@ from stepped_engine import SteppedEngine
 from tiny_models import save_tiny_model, tiny_config
 
 from coserve.kernels.dropout import RowKeys, dropout_rows
-from coserve.server.engine.adapter_pool import pool_of
+from coserve.server.engine.decode_graphs import DecodeGraphs
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.plain_backend import PlainBackend
+from coserve.server.engine.pooled_adapter import pool_of
 from coserve.server.engine.probe import probe
 from coserve.server.engine.triton_backend import TritonBackend
 from coserve.server.training.peft.lora import LoraPair
@@ -81,11 +82,18 @@ def test_the_probe_passes():
     probe(tiny_config("gemma3_text:mini"), TritonBackend(), kernel_device())
 
 
-def engine_with_adapters(tmp_path, **adapters: int) -> SteppedEngine:
+def engine_with_adapters(tmp_path, graphs_of=None, **adapters: int) -> SteppedEngine:
     for name, rank in adapters.items():
         targets = ["q_proj", "v_proj", "down_proj"] if rank == 5 else "all-linear"
         save_adapter(tmp_path / name, "llama:mini", rank, seed=rank, target_modules=targets)
-    return SteppedEngine(tmp_path, architecture="llama:mini", backend=TritonBackend(), device=kernel_device())
+    return SteppedEngine(
+        tmp_path,
+        architecture="llama:mini",
+        backend=TritonBackend(),
+        device=kernel_device(),
+        graphs_of=graphs_of,
+        itl=60.0,
+    )
 
 
 def test_greedy_tokens_of_mixed_ranks_in_one_batch(tmp_path):
@@ -115,3 +123,36 @@ def test_other_requests_change_nothing(tmp_path):
     engine.until(lambda: not len(engine.requests), seconds=120)
     assert engine.tokens("among") == engine.tokens("alone")
     assert engine.tokens("y") != engine.tokens("x")
+
+
+def test_decodes_through_fixed_buffers(tmp_path):
+    """What a CUDA graph records, replayed: batches of other sizes and adapters come after one another, and a
+    sequence's rows are at other places each time. On CUDA the graphs themselves."""
+    shapes = []
+
+    def graphs_of(model, cache, pool):
+        return DecodeGraphs(model, cache, pool, 64, record if kernel_device().type == "cpu" else None)
+
+    def record(static):
+        def replay():
+            shapes.append((static.shape.rows, static.shape.rank))
+            return static.run()
+
+        return replay
+
+    engine = engine_with_adapters(tmp_path, graphs_of, a=3, b=20)
+    model = save_tiny_model(tmp_path / "model", "llama:mini")
+    wanted = {"x": (None, 6), "y": ("a", 4), "z": ("b", 4), "y2": ("a", 3), "z2": ("b", 5)}
+    for adapter in "ab":  # bring them into the pool, so that all decode together
+        engine.submit(adapter, [5], engine.ref(adapter), max_tokens=1)
+    engine.until(lambda: not len(engine.requests), seconds=120)
+    for number, (request, (adapter, tokens)) in enumerate(wanted.items()):
+        ref = None if adapter is None else engine.ref(adapter)
+        engine.submit(request, prompt(5 + 6 * number, number), ref, max_tokens=tokens)
+    engine.until(lambda: not len(engine.requests), seconds=120)
+    for number, (request, (adapter, tokens)) in enumerate(wanted.items()):
+        got = engine.tokens(request)
+        assert len(got) == tokens
+        assert_greedy_equal(oracle_model(model, adapter and tmp_path / adapter), prompt(5 + 6 * number, number), got)
+    if kernel_device().type == "cpu":
+        assert {(8, 32), (4, 32), (1, 0)} <= set(shapes)

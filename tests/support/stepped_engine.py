@@ -51,7 +51,7 @@ class SteppedEngine:
 
     def __init__(
         self, data_dir: Path, *, blocks: int = 64, pool_bytes: int = 2**20, architecture: str = "llama",
-        backend: Any = None, device: Any = "cpu", **options: Any,
+        backend: Any = None, device: Any = "cpu", graphs_of: Any = None, itl: float = 1.0, **options: Any,
     ) -> None:  # fmt: skip
         self.data_dir = data_dir
         self.model = model = engine_model(architecture, torch.float32, backend=backend, device=device)
@@ -67,11 +67,13 @@ class SteppedEngine:
         self.intake = Intake(
             self.socket, lambda: None, self.requests, self.adapters, self.trainer, checks, iterations, 512
         )
-        cache = KVCache(layer_shapes(model), blocks, 16, torch.float32, device)
+        cache = KVCache(layer_shapes(model), blocks, 16, torch.float32, device, scratch=model.backend.captures)
+        graphs = None if graphs_of is None else graphs_of(model, cache, self.pool)
         stats = StatsClock(self.socket, self.requests, self.trainer, self.pool, iterations, dict)
         self.engine = Engine(
             self.socket, self.intake, self.requests, self.adapters, self.trainer,
-            Scheduler(SchedulerConfig(itl_seconds=1.0)), Runner(model, cache, self.requests, self.adapters),
+            Scheduler(SchedulerConfig(itl_seconds=itl)),
+            Runner(model, cache, self.requests, self.adapters, graphs=graphs),
             iterations, stats, max_running=64, beat=lambda: None,
             max_adapters=lambda: self.adapters.capacity(r.version for r in self.requests),
         )  # fmt: skip

@@ -122,9 +122,7 @@ class Scheduler:
         contexts = [r.total_tokens for r in state.requests if r.running]
         context = sum(contexts) // max(1, len(contexts))
 
-        def seconds(streams: int) -> float:
-            return costs.base(ForwardLoad(streams, streams * context, logit_rows=streams))[0]
-
+        seconds = costs.decoding(context)
         promise = self.config.itl_seconds
         least = largest_crowd(seconds, self.config.crowd_share * promise)
         return Crowd(least, largest_crowd(seconds, promise), self.share.parts(least))

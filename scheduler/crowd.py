@@ -19,7 +19,7 @@ _LARGEST = 4096
 
 
 class Crowd:
-    """`least`: streams that leave room for other tenants' prompts; `most`: streams that keep the promise at all; `parts`:
+    """`least`: streams that leave room for prompts; `most`: streams that keep the promise at all; `parts`:
     of `least`, what each tenant may have in any case. `parts` None: no limit."""
 
     def __init__(self, least: int = 0, most: int = 0, parts: Mapping[str, float] | None = None) -> None:

@@ -34,16 +34,18 @@ class FairShare:
         for sweep in state.sweeps:
             for job in sweep.jobs:
                 there[job.tenant] = job.weight
+        if self._weights:
+            self._level = min(map(self._served.__getitem__, self._weights))
         if there.keys() != self._weights.keys():
             stayed = [self._served[t] for t in there if t in self._weights]
-            level = max(0.0, (min(stayed) if stayed else self._level) - self._credit)
+            level = max(0.0, min(stayed, default=self._level) - self._credit)
             for tenant in there:
                 if tenant not in self._weights:
                     self._served[tenant] = max(self._served.get(tenant, 0.0), level)
             self._forget(there, level)
-        self._weights = there
         if there:
             self._level = min(map(self._served.__getitem__, there))
+        self._weights = there
         for tenant, weight in there.items():
             self._lately[tenant] = state.now, weight
         if len(self._lately) > len(there):

@@ -50,6 +50,10 @@ class AdapterBook:
     def ready(self, ref: AdapterRef | None) -> bool:
         return ref is None or ref.digest in self.pool
 
+    def pages(self, ref: AdapterRef | None) -> int:
+        """Pages of the pool that a resident version holds; 0 where nothing is known of it yet."""
+        return self.pool.pages_of(ref.digest) if ref is not None and ref.digest in self.pool else 0
+
     def handle(self, ref: AdapterRef) -> ResidentAdapter:
         if ref.digest not in self._resident:
             self._resident[ref.digest] = ResidentAdapter(self.pool, ref.digest)

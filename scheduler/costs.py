@@ -144,7 +144,7 @@ class Costs:
     def largest_backward(
         self, sizes: Sequence[int], rows_before: int, window: int, left: float, which: int
     ) -> tuple[int, Cost] | None:
-        """The first of `sizes` whose unit, the last of `rows_before` rows, takes at most `left` seconds, and its cost."""
+        """The first of `sizes` whose unit, the last of `rows_before` rows, takes at most `left` seconds; its cost."""
         boost = self._boost if which else 1.0
         if sizes[0] != sizes[-1] and boost * self._line("backward", sizes[0], backward_line)[0] > left:
             self._know("backward", sizes, backward_line)
@@ -168,11 +168,14 @@ class Costs:
             for n in sizes:
                 line = self._lines["slice", n]
                 if n * todo > best and boost * (line[0] + line[1] / of) <= left:
-                    depth = most(todo, left, lambda layers, line=line: self._at(line, layers / of)[which])  # type: ignore[misc]
+                    depth = self._layers(line, todo, of, left, which)
                     if n * depth > best:
                         best, tokens = n * depth, n
             self._slices[key] = (tokens, best // tokens, self.slice(tokens, best // tokens, of)) if best else None
         return self._slices[key]
+
+    def _layers(self, line: Line, todo: int, of: int, left: float, which: int) -> int:
+        return most(todo, left, lambda layers: self._at(line, layers / of)[which])
 
     def decoding(self, context: int) -> Callable[[int], float]:
         """Mean seconds of a decode step by its streams, which have `context` tokens each: a straight line between two

@@ -42,14 +42,16 @@ class IterationLog:
         self._ttft: list[tuple[str, float]] = []
 
     def record(
-        self, work: Work, *, started_at: float, predicted: float, measured: float, budget: float, streams: bool
-    ) -> None:
+        self, work: Work, *, started_at: float, predicted: float, upper: float, measured: float, budget: float,
+        streams: bool,
+    ) -> None:  # fmt: skip
+        """`upper`: the estimate that was held against `budget`; all seconds."""
         self._seq += 1
         tokens = work.tokens()
         self._records.append(
             {"seq": self._seq, "started_at": started_at, "tokens": tokens, "units": work.units,
-             "adapters": sorted(work.adapters), "predicted_s": predicted, "measured_s": measured,
-             "slo_budget_s": budget, "streams": streams, "engine_pid": self._pid}
+             "adapters": sorted(work.adapters), "predicted_s": predicted, "upper_s": upper,
+             "measured_s": measured, "slo_budget_s": budget, "streams": streams, "engine_pid": self._pid}
         )  # fmt: skip
         for kind, count in tokens.items():
             self.counters[f'coserve_step_tokens_total{{kind="{kind}"}}'] += count

@@ -68,8 +68,8 @@ class Engine:
         if not outcome.disturbed:
             self._scheduler.observe(plan, state, seconds, outcome.parts)
         self._iterations.record(
-            outcome.work, started_at=started, predicted=plan.predicted_seconds, measured=seconds,
-            budget=plan.budget_seconds, streams=bool(plan.decodes),
+            outcome.work, started_at=started, predicted=plan.predicted_seconds, upper=plan.upper_seconds,
+            measured=seconds, budget=plan.budget_seconds, streams=bool(plan.decodes),
         )  # fmt: skip
         self._deliver(outcome)
         self._stats.send_if_due(state)

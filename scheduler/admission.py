@@ -91,7 +91,8 @@ class AdmissionPolicy:
         unservable += queue.unservable
         decodes.sort(key=lambda r: r.arrived)
         ahead = [*alive, *(c.request for c in queue.chunks), *queue.looked_at]
-        adapters = _wanted(ahead, state.requests, state.max_adapters)
+        others = [r for r in state.requests if r.request_id not in preempted] if preempted else state.requests
+        adapters = _wanted(ahead, others, state.max_adapters)
         return Admission(
             tuple(decodes),
             tuple(queue.chunks),

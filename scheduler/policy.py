@@ -130,7 +130,6 @@ class Scheduler:
             return Crowd()
         contexts = [r.total_tokens for r in state.requests if r.running]
         context = sum(contexts) // max(1, len(contexts))
-
         seconds = costs.decoding(context)
         promise = self.config.itl_seconds
         least = largest_crowd(seconds, self.config.crowd_share * promise)

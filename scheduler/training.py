@@ -77,6 +77,7 @@ class TrainingPolicy:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._owed: dict[str, float] = dict.fromkeys(PRIORITIES, 0.0)
+        self._fine: dict[int, tuple[int, ...]] = {}  # a window's sizes, worked out once
 
     def fill(
         self,
@@ -182,16 +183,17 @@ class TrainingPolicy:
 
     def _fill_beside(self, order: Iterable[SweepProgress], plan: TrainingPlan, budget: float, costs: Costs) -> None:
         for sweep in order:
+            # What does not fit now fits less later, unless a ride changes what others cost.
+            if plan.refused and _stand(sweep) in plan.refused:
+                continue
             while True:
                 full = plan.upper >= budget or len(plan.units) >= self._config.max_units
                 if full or len(plan.refused) >= _MOST_REFUSED:
                     return
-                # What does not fit now fits less later, unless a ride changes what others cost.
-                stand = _stand(sweep)
-                if sweep.done or stand in plan.refused:
+                if sweep.done:
                     break
                 if not self._add_beside(sweep, plan, budget, costs):
-                    plan.refused.add(stand)
+                    plan.refused.add(_stand(sweep))
                     break
 
     def _add_beside(
@@ -237,7 +239,7 @@ class TrainingPolicy:
             return True
         # The window that leaves the least of the budget unused, not the quickest one: what is left is lost.
         todo = layers - (sweep.partial_layer if sweep.partial_tokens else 0)
-        sizes = [whole] if sweep.partial_tokens else self._fine_sizes(whole)
+        sizes = (whole,) if sweep.partial_tokens else self._fine_sizes(whole)
         unit = costs.largest_slice(sizes, todo, layers, left, which)
         if ride is not None and (unit is None or ride[0] * layers >= unit[0] * unit[1]):
             plan.add_ride(sweep, *ride)
@@ -247,10 +249,13 @@ class TrainingPolicy:
             return False
         return True
 
-    def _fine_sizes(self, whole: int) -> list[int]:
+    def _fine_sizes(self, whole: int) -> tuple[int, ...]:
         """`whole`, then the multiples of 32 below it, then the powers of two down to `min_window`."""
-        sizes = [whole, *range((whole - 1) // 32 * 32, 31, -32)]
-        return sizes + [n for n in (16, 8) if self._config.min_window <= n < whole]
+        sizes = self._fine.get(whole)
+        if sizes is None:
+            small = (n for n in (16, 8) if self._config.min_window <= n < whole)
+            sizes = self._fine[whole] = (whole, *range((whole - 1) // 32 * 32, 31, -32), *small)
+        return sizes
 
     def _sizes(self, whole: int) -> list[int]:
         """`whole`, then the powers of two below it down to `min_window`."""

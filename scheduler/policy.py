@@ -136,11 +136,8 @@ class Scheduler:
         return Crowd(least, largest_crowd(seconds, promise), self.share.parts(least))
 
     def _budget(self, state: SchedulerState, admission: Admission) -> float:
-        budget = self.config.itl_seconds
-        for r in admission.decodes:
-            if r.itl_deadline is not None:
-                budget = min(budget, r.itl_deadline - state.now)
-        return budget
+        due = [r.itl_deadline for r in admission.decodes if r.itl_deadline is not None]
+        return min(self.config.itl_seconds, min(due) - state.now) if due else self.config.itl_seconds
 
     def _trained_seconds(
         self, plan: Plan, state: SchedulerState, features: PlanFeatures, seconds: float

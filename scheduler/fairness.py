@@ -25,12 +25,13 @@ class FairShare:
         self._served: dict[str, float] = {}
         self._weights: dict[str, float] = {}  # of the tenants that are there
         self._level = 0.0  # the least-served of those that were last there
-        self._lately: dict[str, tuple[float, float]] = {}  # tenant -> when it was last there, and its weight
+        self._lately: dict[str, tuple[float, float]] = {}  # tenant -> when it last had a request, and its weight
         self.row_seconds = 1e-3  # what a prompt row costs, as the planner expects
 
     def meet(self, state: SchedulerState) -> None:
         """Who has something to run now. Lifts those that had not, the last time."""
-        there = {r.tenant: r.weight for r in state.requests}
+        asking = {r.tenant: r.weight for r in state.requests}
+        there = dict(asking)
         for sweep in state.sweeps:
             for job in sweep.jobs:
                 there[job.tenant] = job.weight
@@ -46,9 +47,9 @@ class FairShare:
         if there:
             self._level = min(map(self._served.__getitem__, there))
         self._weights = there
-        for tenant, weight in there.items():
+        for tenant, weight in asking.items():
             self._lately[tenant] = state.now, weight
-        if len(self._lately) > len(there):
+        if len(self._lately) > len(asking):
             self._lately = {t: seen for t, seen in self._lately.items() if seen[0] >= state.now - self._remembered}
 
     def _forget(self, there: Mapping[str, float], level: float) -> None:
@@ -63,11 +64,11 @@ class FairShare:
 
     @property
     def shared(self) -> bool:
-        """Whether more than one tenant was there lately."""
+        """Whether more than one tenant had requests lately."""
         return len(self._lately) > 1
 
     def parts(self, whole: float) -> dict[str, float]:
-        """`whole`, divided by weight among the tenants that were there lately."""
+        """`whole`, divided by weight among the tenants that had requests lately."""
         weights = sum(weight for _, weight in self._lately.values())
         return {tenant: whole * weight / weights for tenant, (_, weight) in self._lately.items()}
 

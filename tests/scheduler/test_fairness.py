@@ -238,6 +238,9 @@ def test_a_flood_is_admitted_as_far_as_prompts_of_others_keep_their_room() -> No
         return sum(p.request_id.startswith("w") for p in made.prefills)
 
     assert admitted() == 30
+    share = FairShare(CREDIT, 60.0)
+    share.meet(replace(state(request("w1", tenant="a")), sweeps=(sweep(jobs=(SweepJob("j", "b", 1.0, "normal"),)),)))
+    assert share.tenants == 2 and not share.shared, "who only trains has no first tokens to protect"
     assert 8 <= admitted(stream("s0", tenant="b")) <= 12, "as many as decode in 60% of the promise"
 
 

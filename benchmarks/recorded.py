@@ -34,10 +34,17 @@ def _seconds(text: str) -> float:
 
 
 def read_iterations(file: Path) -> list[dict[str, Any]]:
-    """The records of a saved answer of GET /v1/coserve/iterations."""
+    """The records of a saved answer of GET /v1/coserve/iterations: tokens, units, and seconds measured, predicted and
+    at most (0 where an older server did not say)."""
     try:
         content = json.loads(file.read_text())
         records = content["data"] if isinstance(content, dict) else content
-        return [{"tokens": dict(r["tokens"]), "measured_s": float(r["measured_s"])} for r in records]
+        return [
+            {
+                "tokens": dict(r["tokens"]), "units": int(r.get("units", 0)), "measured_s": float(r["measured_s"]),
+                "predicted_s": float(r.get("predicted_s", 0.0)), "upper_s": float(r.get("upper_s", 0.0)),
+            }
+            for r in records
+        ]  # fmt: skip
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise SystemExit(f"{file}: not an answer of GET /v1/coserve/iterations: {error}") from None

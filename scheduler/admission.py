@@ -63,6 +63,7 @@ class Admission:
     preempt: tuple[str, ...]
     unservable: tuple[str, ...]
     adapters: tuple[str, ...]  # that ought to be on the device: those in use, then those waited for, in service order
+    waiting: int  # requests that did not run before
 
 
 class AdmissionPolicy:
@@ -90,8 +91,21 @@ class AdmissionPolicy:
         unservable += queue.unservable
         decodes.sort(key=lambda r: r.arrived)
         ahead = [*alive, *(c.request for c in queue.chunks), *queue.looked_at]
-        adapters = _wanted(ahead, state.requests, state.max_adapters)
-        return Admission(tuple(decodes), tuple(queue.chunks), tuple(preempted), tuple(unservable), adapters)
+        others = [r for r in state.requests if r.request_id not in preempted] if preempted else state.requests
+        adapters = _wanted(ahead, others, state.max_adapters)
+        return Admission(
+            tuple(decodes),
+            tuple(queue.chunks),
+            tuple(preempted),
+            tuple(unservable),
+            adapters,
+            len(state.requests) - len(running),
+        )
+
+    def reason(self, request: RequestState) -> str:
+        """Why a waiting request was not admitted the last time."""
+        kept_back = self.kept_back.get(request.request_id) or self.kept_back.get(request.tenant)
+        return kept_back or self.closed_by
 
     def _break_deadlock(
         self, queue: _Queue, alive: list[RequestState], preempted: list[str], unservable: list[str]

@@ -9,12 +9,14 @@ So one matrix product gives a `Line` for each size in question, and every questi
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from math import sqrt
 
 import numpy as np
 
 from coserve.scheduler.features import (
+    ROW_KNOTS,
     ForwardLoad,
     Vector,
     attention_work,
@@ -41,6 +43,9 @@ class Costs:
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
         self._features: dict[tuple[str, int], _Pair] = {}  # kept for ever: sizes are few
+        self._streams = np.array([1, *ROW_KNOTS[1:], 2 * ROW_KNOTS[-1]])
+        self._decodes = np.array([base_vector(ForwardLoad(decode_rows=n, logit_rows=n)) for n in self._streams])
+        self._contexts = base_vector(ForwardLoad(decode_rows=1, decode_context=1)) - base_vector(ForwardLoad(1))
         self.begin()
 
     def begin(self) -> None:
@@ -50,13 +55,9 @@ class Costs:
         self._lines: dict[tuple[str, int], Line] = {}
         self._backwards: dict[tuple[int, int], Cost] = {}
         self._rides: dict[tuple[int, int], Line] = {}
+        self._slices: dict[tuple[int, int, int, int, float, int], tuple[int, int, Cost] | None] = {}
         self._ridden: ForwardLoad | None = None
         self._most_margin = float("inf")
-
-    def least(self, cost: Cost, which: int) -> float:
-        """What no larger piece of such work costs less than, by its mean (`which` 0) or upper estimate (1): means never
-        fall with the rows, upper estimates may where less is known of the smaller piece."""
-        return self._boost * cost[0] if which else cost[0]
 
     def serving(self, load: ForwardLoad) -> Cost:
         """An iteration of `load` alone: the packed forward with the overhead (where only whole iterations are timed,
@@ -86,6 +87,10 @@ class Costs:
 
     def ride(self, load: ForwardLoad, sweep: SweepState, before: int, rows: int) -> Cost:
         """As `base`, with `rows` rows of `sweep` riding along that come after `before` others of its stream."""
+        mean, upper = self._at(self._ride_line(load, sweep, rows), attention_work(before, rows) / 1e6)
+        return mean, upper + self.margin(load)
+
+    def _ride_line(self, load: ForwardLoad, sweep: SweepState, rows: int) -> Line:
         if load is not self._ridden:
             self._ridden, self._rides = load, {}
         key = (rows, len(sweep.jobs))
@@ -93,8 +98,7 @@ class Costs:
         if line is None:
             fixed, slope = ride_line(load, rows, len(sweep.jobs))
             line = self._rides[key] = self._model.lines(fixed[None], slope[None])[0]
-        mean, upper = self._at(line, attention_work(before, rows) / 1e6)
-        return mean, upper + self.margin(load)
+        return line
 
     def head(self, rows: int, steps: int, of: int, whole: int) -> Cost:
         """`steps` of the `of` sub-steps of a batch of `rows` label rows; `whole` rows are the largest batch."""
@@ -118,20 +122,88 @@ class Costs:
     def slice(self, tokens: int, layers: int, of: int) -> Cost:
         return self._at(self._line("slice", tokens, slice_line), layers / of)
 
-    def layers_that_fit(self, tokens: int, todo: int, of: int, left: float, which: int) -> int:
-        """How many of `todo` more layers `tokens` rows can go through in `left` seconds; `which`: 0 by the mean, 1 by
-        the upper estimate."""
-        line = self._line("slice", tokens, slice_line)
-        return most(todo, left, lambda n: self._at(line, n / of)[which])
+    def largest_ride(
+        self, load: ForwardLoad, sweep: SweepState, before: int, sizes: Sequence[int], room: float, which: int
+    ) -> tuple[int, Cost] | None:
+        """The first of `sizes` with which the packed forward stays within `room` seconds, and what it then costs."""
+        margin, boost = (self.margin(load), self._boost) if which else (0.0, 1.0)
+        whole = self.ride(load, sweep, before, sizes[0])
+        if whole[which] <= room:
+            return sizes[0], whole
+        self._know_rides(load, sizes, len(sweep.jobs))
+        for rows in sizes[1:]:
+            line = self._ride_line(load, sweep, rows)
+            if (
+                boost * (line[0] + attention_work(before, rows) / 1e6 * line[1]) + margin <= room
+            ):  # most are refused here
+                cost = self.ride(load, sweep, before, rows)
+                if cost[which] <= room:
+                    return rows, cost
+        return None
 
-    def know(self, kind: str, sizes: Sequence[int]) -> None:
-        """Work out the lines of all `sizes` of "backward" or "slice" units at once."""
+    def largest_backward(
+        self, sizes: Sequence[int], rows_before: int, window: int, left: float, which: int
+    ) -> tuple[int, Cost] | None:
+        """The first of `sizes` whose unit, the last of `rows_before` rows, takes at most `left` seconds; its cost."""
+        boost = self._boost if which else 1.0
+        if sizes[0] != sizes[-1] and boost * self._line("backward", sizes[0], backward_line)[0] > left:
+            self._know("backward", sizes, backward_line)
+        for tokens in sizes:
+            if boost * self._line("backward", tokens, backward_line)[0] <= left:  # few come so far
+                cost = self.backward(tokens, rows_before - tokens, window)
+                if cost[which] <= left:
+                    return tokens, cost
+        return None
+
+    def largest_slice(
+        self, sizes: Sequence[int], todo: int, of: int, left: float, which: int
+    ) -> tuple[int, int, Cost] | None:
+        """Which of `sizes` through how many of `todo` more layers moves the most rows x layers in `left` seconds, and
+        what it costs; of equals the earlier one."""
+        key = (sizes[0], len(sizes), todo, of, left, which)
+        if key not in self._slices:
+            boost = self._boost if which else 1.0
+            self._know("slice", sizes, slice_line)
+            best, tokens = 0, 0
+            for n in sizes:
+                line = self._lines["slice", n]
+                if n * todo > best and boost * (line[0] + line[1] / of) <= left:
+                    depth = self._layers(line, todo, of, left, which)
+                    if n * depth > best:
+                        best, tokens = n * depth, n
+            self._slices[key] = (tokens, best // tokens, self.slice(tokens, best // tokens, of)) if best else None
+        return self._slices[key]
+
+    def _layers(self, line: Line, todo: int, of: int, left: float, which: int) -> int:
+        return most(todo, left, lambda layers: self._at(line, layers / of)[which])
+
+    def decoding(self, context: int) -> Callable[[int], float]:
+        """Mean seconds of a decode step by its streams, which have `context` tokens each: a straight line between two
+        knots of the rows' buckets, of which the logits' are some."""
+        seconds = self._model.means(self._decodes) + self._model.means(self._contexts) * (context * self._streams)
+        knots, values = self._streams.tolist(), seconds.tolist()
+
+        def at(streams: int) -> float:
+            i = min(max(bisect_right(knots, streams), 1), len(knots) - 1)
+            slope = (values[i] - values[i - 1]) / (knots[i] - knots[i - 1])
+            return values[i - 1] + slope * (streams - knots[i - 1])
+
+        return at
+
+    def _know(self, kind: str, sizes: Sequence[int], make: Callable[[int], _Pair]) -> None:
+        """Work out the lines of all `sizes` at once."""
         missing = [n for n in sizes if (kind, n) not in self._lines]
         if missing:
-            make = backward_line if kind == "backward" else slice_line
             pairs = [self._pair(kind, n, make) for n in missing]
             lines = self._model.lines(np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs]))
             self._lines.update(zip(((kind, n) for n in missing), lines, strict=True))
+
+    def _know_rides(self, load: ForwardLoad, sizes: Sequence[int], jobs: int) -> None:
+        missing = [(n, jobs) for n in sizes if (n, jobs) not in self._rides]
+        if missing:
+            pairs = [ride_line(load, *key) for key in missing]
+            lines = self._model.lines(np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs]))
+            self._rides.update(zip(missing, lines, strict=True))
 
     def _pair(self, kind: str, size: int, make: Callable[[int], _Pair]) -> _Pair:
         pair = self._features.get((kind, size))

@@ -25,28 +25,31 @@ class FairShare:
         self._served: dict[str, float] = {}
         self._weights: dict[str, float] = {}  # of the tenants that are there
         self._level = 0.0  # the least-served of those that were last there
-        self._lately: dict[str, tuple[float, float]] = {}  # tenant -> when it was last there, and its weight
+        self._lately: dict[str, tuple[float, float]] = {}  # tenant -> when it last had a request, and its weight
         self.row_seconds = 1e-3  # what a prompt row costs, as the planner expects
 
     def meet(self, state: SchedulerState) -> None:
         """Who has something to run now. Lifts those that had not, the last time."""
-        there = {r.tenant: r.weight for r in state.requests}
+        asking = {r.tenant: r.weight for r in state.requests}
+        there = dict(asking)
         for sweep in state.sweeps:
             for job in sweep.jobs:
                 there[job.tenant] = job.weight
+        if self._weights:
+            self._level = min(map(self._served.__getitem__, self._weights))
         if there.keys() != self._weights.keys():
             stayed = [self._served[t] for t in there if t in self._weights]
-            level = max(0.0, (min(stayed) if stayed else self._level) - self._credit)
+            level = max(0.0, min(stayed, default=self._level) - self._credit)
             for tenant in there:
                 if tenant not in self._weights:
                     self._served[tenant] = max(self._served.get(tenant, 0.0), level)
             self._forget(there, level)
-        self._weights = there
         if there:
             self._level = min(map(self._served.__getitem__, there))
-        for tenant, weight in there.items():
+        self._weights = there
+        for tenant, weight in asking.items():
             self._lately[tenant] = state.now, weight
-        if len(self._lately) > len(there):
+        if len(self._lately) > len(asking):
             self._lately = {t: seen for t, seen in self._lately.items() if seen[0] >= state.now - self._remembered}
 
     def _forget(self, there: Mapping[str, float], level: float) -> None:
@@ -61,11 +64,11 @@ class FairShare:
 
     @property
     def shared(self) -> bool:
-        """Whether more than one tenant was there lately."""
+        """Whether more than one tenant had requests lately."""
         return len(self._lately) > 1
 
     def parts(self, whole: float) -> dict[str, float]:
-        """`whole`, divided by weight among the tenants that were there lately."""
+        """`whole`, divided by weight among the tenants that had requests lately."""
         weights = sum(weight for _, weight in self._lately.values())
         return {tenant: whole * weight / weights for tenant, (_, weight) in self._lately.items()}
 

@@ -12,7 +12,7 @@ within a bucket, continuous between them and, with coefficients ≥ 0, never fal
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,23 +68,23 @@ class ForwardLoad:
     def rows(self) -> int:
         return self.decode_rows + self.prefill_rows + self.ride_rows
 
+    # Written out: dataclasses.replace takes ten times as long, and a planner asks for dozens of loads.
+
     def with_prefill(self, rows: int, work: int, finished: int, adapters: int) -> ForwardLoad:
-        return replace(
-            self,
-            prefill_rows=self.prefill_rows + rows,
-            prefill_work=self.prefill_work + work,
-            logit_rows=self.logit_rows + finished,
-            adapters=self.adapters + adapters,
-        )
+        return ForwardLoad(
+            self.decode_rows, self.decode_context, self.prefill_rows + rows, self.prefill_work + work, self.ride_rows,
+            self.ride_work, self.logit_rows + finished, self.adapters + adapters,
+        )  # fmt: skip
 
     def with_ride(self, sweep: SweepState, before: int, rows: int) -> ForwardLoad:
         """`rows` rows of `sweep` that come after `before` others of its stream."""
-        return replace(
-            self,
-            ride_rows=self.ride_rows + rows,
-            ride_work=self.ride_work + attention_work(before, rows),
-            adapters=self.adapters + len(sweep.jobs),
-        )
+        return self.with_ridden(rows, attention_work(before, rows), len(sweep.jobs))
+
+    def with_ridden(self, rows: int, work: int, jobs: int) -> ForwardLoad:
+        return ForwardLoad(
+            self.decode_rows, self.decode_context, self.prefill_rows, self.prefill_work, self.ride_rows + rows,
+            self.ride_work + work, self.logit_rows, self.adapters + jobs,
+        )  # fmt: skip
 
 
 def attention_work(before: int, rows: int) -> int:
@@ -149,8 +149,7 @@ def overhead_vector() -> Vector:
 def ride_line(load: ForwardLoad, rows: int, jobs: int) -> tuple[Vector, Vector]:
     """As `base_vector`, with `rows` rows of a sweep of `jobs` jobs riding along: (what does not depend on their
     attention products, a million of those)."""
-    with_rows = replace(load, ride_rows=load.ride_rows + rows, adapters=load.adapters + jobs)
-    return base_vector(with_rows), _unit_vector(RIDE + 2)
+    return base_vector(load.with_ridden(rows, 0, jobs)), _unit_vector(RIDE + 2)
 
 
 def head_line(rows: int) -> tuple[Vector, Vector]:

@@ -65,6 +65,10 @@ class LatencyModel:
         variance = float(x @ self._covariance @ x)
         return float(x @ self._theta), sqrt(variance) if variance > 0.0 else 0.0
 
+    def means(self, x: Vector | Matrix) -> Vector:
+        """Mean seconds of one vector, or of each of n."""
+        return np.asarray(x @ self._theta)
+
     def lines(self, fixed: Matrix, slope: Matrix) -> list[Line]:
         """The lines of n kinds of work; `fixed` and `slope` are [n, SIZE]."""
         covered = fixed @ self._covariance

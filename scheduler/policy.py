@@ -37,6 +37,8 @@ from coserve.scheduler.features import (
     plan_load,
 )
 from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.lineup import Lineup
+from coserve.scheduler.queue import QueueClock, Queued
 from coserve.scheduler.state import Plan, Prefill, SchedulerState
 from coserve.scheduler.training import TrainingPolicy
 
@@ -49,6 +51,7 @@ class Scheduler:
         self._admission = AdmissionPolicy(config)
         self._chunks = ChunkPolicy(config)
         self._training = TrainingPolicy(config)
+        self._clock = QueueClock()
         self._costs = Costs(self.model)
 
     def plan(self, state: SchedulerState) -> Plan:
@@ -88,6 +91,8 @@ class Scheduler:
             adapters=admission.adapters,
             budget_seconds=budget,
         )
+        admitted = sum(not c.request.running for c, _ in cut(admission.candidates, tokens))
+        self._clock.note(state.now, admission.waiting > admitted, admitted)
         mean, upper = serving if training.empty else (training.mean, training.upper)
         return plan if plan.empty else replace(plan, predicted_seconds=mean, upper_seconds=upper)
 
@@ -116,25 +121,23 @@ class Scheduler:
         self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
         self.share.charge(device_cost(plan, state, seconds, trained, self.model))
 
+    def queue(self, state: SchedulerState) -> tuple[Queued, ...]:
+        """Who waits, in the order in which they would be admitted now, why, and for how long still. Changes nothing."""
+        return self._clock.forecast(state, Lineup(state, self.share), self._admission)
+
     def _crowd(self, state: SchedulerState, costs: Costs) -> Crowd:
         if not self.share.shared:
             return Crowd()
         contexts = [r.total_tokens for r in state.requests if r.running]
         context = sum(contexts) // max(1, len(contexts))
-
-        def seconds(streams: int) -> float:
-            return costs.base(ForwardLoad(streams, streams * context, logit_rows=streams))[0]
-
+        seconds = costs.decoding(context)
         promise = self.config.itl_seconds
         least = largest_crowd(seconds, self.config.crowd_share * promise)
         return Crowd(least, largest_crowd(seconds, promise), self.share.parts(least))
 
     def _budget(self, state: SchedulerState, admission: Admission) -> float:
-        budget = self.config.itl_seconds
-        for r in admission.decodes:
-            if r.itl_deadline is not None:
-                budget = min(budget, r.itl_deadline - state.now)
-        return budget
+        due = [r.itl_deadline for r in admission.decodes if r.itl_deadline is not None]
+        return min(self.config.itl_seconds, min(due) - state.now) if due else self.config.itl_seconds
 
     def _trained_seconds(
         self, plan: Plan, state: SchedulerState, features: PlanFeatures, seconds: float

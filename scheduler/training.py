@@ -32,6 +32,7 @@ from coserve.scheduler.state import Ride, SweepState, Unit
 
 PRIORITIES = ("normal", "low")
 Stand = tuple[int, ...]
+_MOST_REFUSED = 8  # sweeps that stand elsewhere and find no room: what is left is too little to ask all jobs
 
 
 def priority_of(sweep: SweepState) -> str:
@@ -76,6 +77,7 @@ class TrainingPolicy:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._owed: dict[str, float] = dict.fromkeys(PRIORITIES, 0.0)
+        self._fine: dict[int, tuple[int, ...]] = {}  # a window's sizes, worked out once
 
     def fill(
         self,
@@ -181,15 +183,17 @@ class TrainingPolicy:
 
     def _fill_beside(self, order: Iterable[SweepProgress], plan: TrainingPlan, budget: float, costs: Costs) -> None:
         for sweep in order:
+            # What does not fit now fits less later, unless a ride changes what others cost.
+            if plan.refused and _stand(sweep) in plan.refused:
+                continue
             while True:
-                if plan.upper >= budget or len(plan.units) >= self._config.max_units:
+                full = plan.upper >= budget or len(plan.units) >= self._config.max_units
+                if full or len(plan.refused) >= _MOST_REFUSED:
                     return
-                # What does not fit now fits less later, unless a ride changes what others cost.
-                stand = _stand(sweep)
-                if sweep.done or stand in plan.refused:
+                if sweep.done:
                     break
                 if not self._add_beside(sweep, plan, budget, costs):
-                    plan.refused.add(stand)
+                    plan.refused.add(_stand(sweep))
                     break
 
     def _add_beside(
@@ -204,17 +208,11 @@ class TrainingPolicy:
             return True
         if rows or not sweep.forward_done:
             return rows > 0 and self._add_head(sweep, rows, plan, left, which, costs)
-        whole, before, window = sweep.next_backward(), sweep.rows_before_backward, sweep.state.window
-        sizes = self._fine_sizes(whole)
-        if costs.least(costs.backward(sizes[-1], before - sizes[-1], window), which) > left:
-            return False
-        for tokens in sizes:
-            cost = costs.backward(tokens, before - tokens, window)
-            if cost[which] <= left:
-                plan.add_unit(sweep.backward(tokens), cost)
-                return True
-            costs.know("backward", sizes)
-        return False
+        sizes = self._fine_sizes(sweep.next_backward())
+        unit = costs.largest_backward(sizes, sweep.rows_before_backward, sweep.state.window, left, which)
+        if unit is not None:
+            plan.add_unit(sweep.backward(unit[0]), unit[1])
+        return unit is not None
 
     def _add_head(
         self, sweep: SweepProgress, rows: int, plan: TrainingPlan, left: float, which: int, costs: Costs
@@ -232,44 +230,32 @@ class TrainingPolicy:
     def _add_forward(self, sweep: SweepProgress, plan: TrainingPlan, left: float, which: int, costs: Costs) -> bool:
         """A ride or some layers of a window: whatever fits and moves the most rows × layers."""
         layers, whole = sweep.state.layers, sweep.next_forward()
-        ride = self._best_ride(sweep, plan, left, which, costs) if sweep.can_ride() else None
+        ride = None
+        if sweep.can_ride():
+            room = left + plan.base[which]
+            ride = costs.largest_ride(plan.load, sweep.state, sweep.forward_tokens, self._sizes(whole), room, which)
         if ride is not None and ride[0] == whole:
             plan.add_ride(sweep, *ride)
             return True
         # The window that leaves the least of the budget unused, not the quickest one: what is left is lost.
         todo = layers - (sweep.partial_layer if sweep.partial_tokens else 0)
-        sizes = [whole] if sweep.partial_tokens else self._fine_sizes(whole)
-        tokens = depth = 0
-        if costs.least(costs.slice(sizes[-1], 1, layers), which) <= left:
-            costs.know("slice", sizes)
-            fitting = ((n, costs.layers_that_fit(n, todo, layers, left, which)) for n in sizes)
-            tokens, depth = max(fitting, key=lambda found: found[0] * found[1])  # of equals the largest window
-        if ride is not None and ride[0] * layers >= tokens * depth:
+        sizes = (whole,) if sweep.partial_tokens else self._fine_sizes(whole)
+        unit = costs.largest_slice(sizes, todo, layers, left, which)
+        if ride is not None and (unit is None or ride[0] * layers >= unit[0] * unit[1]):
             plan.add_ride(sweep, *ride)
-        elif depth:
-            plan.add_unit(sweep.forward(tokens, depth), costs.slice(tokens, depth, layers))
+        elif unit is not None:
+            plan.add_unit(sweep.forward(unit[0], unit[1]), unit[2])
         else:
             return False
         return True
 
-    def _best_ride(
-        self, sweep: SweepProgress, plan: TrainingPlan, left: float, which: int, costs: Costs
-    ) -> tuple[int, Cost] | None:
-        """The largest ride that fits, and what the packed forward costs with it."""
-        room, sizes = left + plan.base[which], self._sizes(sweep.next_forward())
-        smallest = costs.ride(plan.load, sweep.state, sweep.forward_tokens, sizes[-1])
-        if costs.least(smallest, which) > room - which * costs.margin(plan.load):
-            return None
-        for tokens in sizes:
-            cost = costs.ride(plan.load, sweep.state, sweep.forward_tokens, tokens)
-            if cost[which] <= room:
-                return tokens, cost
-        return None
-
-    def _fine_sizes(self, whole: int) -> list[int]:
+    def _fine_sizes(self, whole: int) -> tuple[int, ...]:
         """`whole`, then the multiples of 32 below it, then the powers of two down to `min_window`."""
-        sizes = [whole, *range((whole - 1) // 32 * 32, 31, -32)]
-        return sizes + [n for n in (16, 8) if self._config.min_window <= n < whole]
+        sizes = self._fine.get(whole)
+        if sizes is None:
+            small = (n for n in (16, 8) if self._config.min_window <= n < whole)
+            sizes = self._fine[whole] = (whole, *range((whole - 1) // 32 * 32, 31, -32), *small)
+        return sizes
 
     def _sizes(self, whole: int) -> list[int]:
         """`whole`, then the powers of two below it down to `min_window`."""

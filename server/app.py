@@ -22,6 +22,7 @@ from coserve.server.api import (
     keys,
     lora_aliases,
     models,
+    queue,
     service,
     tokenize,
 )
@@ -45,6 +46,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     lora_aliases.router,
     keys.router,
     iterations.router,
+    queue.router,
     models.router,
 )
 

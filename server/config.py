@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from coserve.server.tenancy.terms import TenantTerms, Terms
 from coserve.server.validation_words import reason_of
 
 ENVIRONMENT_PREFIX = "COSERVE_"
@@ -43,6 +44,16 @@ def parse_bytes(value: Any) -> Any:
     if match is None or unit is None:
         raise ValueError(f"{value!r} is not a size: write a number of bytes or one like 512MiB, 2GiB, 1.5GB")
     return int(float(match[1]) * unit)
+
+
+def parse_object(value: Any) -> Any:
+    """Turn a JSON text, as the environment has it, into an object; other types pass through to the validator."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error}): write an object, a tenant's name for a key") from None
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
@@ -75,8 +86,15 @@ class Settings(BaseModel):
 
     slo_ttft_ms: float | None = Field(default=None, gt=0, description="promise for the first token")
     slo_itl_ms: float | None = Field(default=None, gt=0, description="promise between tokens")
+    slo_batch_ttft_ms: float | None = Field(default=None, gt=0, description="the first one, of batch requests")
+    slo_batch_itl_ms: float | None = Field(default=None, gt=0, description="the second one, of batch requests")
     train_window: int | None = Field(default=None, ge=1, description="most tokens of a training window")
     activations: Literal["auto", "save", "recompute"] = "auto"
+
+    tenants: Annotated[dict[str, TenantTerms], BeforeValidator(parse_object)] = Field(default={}, max_length=100_000)
+    tenant_kv_share: float = Field(default=1.0, gt=0, le=1)
+    tenant_prefix_share: float = Field(default=1.0, gt=0, le=1)
+    tenant_adapter_share: float = Field(default=1.0, gt=0, le=1)
 
     max_waiting: int = Field(default=1024, ge=1)
     max_waiting_tenant: int = Field(default=256, ge=1)
@@ -94,6 +112,10 @@ class Settings(BaseModel):
     engine_silence_seconds: float = Field(default=20.0, gt=0, description="heartbeat age after which it is not ready")
     engine_patience_seconds: float = Field(default=10.0, ge=0, description="how long requests queue for a lost engine")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def terms(self) -> Terms:
+        return Terms(self.tenants, (self.tenant_kv_share, self.tenant_prefix_share, self.tenant_adapter_share))
 
     @property
     def base_model_id(self) -> str:

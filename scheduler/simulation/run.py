@@ -98,10 +98,10 @@ class _Run:
         self._disturb()
         due = [j for j in self.jobs if j.sweep is None and not j.finished and j.ready_at <= device.now]
         while due:
-            # Jobs whose steps fall due together share a sweep; here only where their sequences are alike.
+            # A tenant's jobs whose steps fall due together share a sweep; here only where their sequences are alike.
             first = due[0]
             together: list[TrainingJob] = []
-            for job in [j for j in due if (j.length, j.labels) == (first.length, first.labels)]:
+            for job in [j for j in due if (j.tenant, j.length, j.labels) == (first.tenant, first.length, first.labels)]:
                 if not together or sum(j.rows for j in together) + job.rows <= self.setup.sweep_rows:
                     together.append(job)
                     due.remove(job)

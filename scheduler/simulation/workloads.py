@@ -66,6 +66,18 @@ class Population:
         return choose
 
 
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """One tenant that asks the base model, interactively."""
+
+    tenant: str
+    weight: float = 1.0
+
+    def chooser(self, rng: random.Random) -> Callable[[], tuple[str, float, str | None, str]]:
+        """Draws (tenant, weight, adapter, class)."""
+        return lambda: (self.tenant, self.weight, None, "interactive")
+
+
 class _Popular:
     def __init__(self, count: int, power: float, rng: random.Random) -> None:
         self._range, self._rng = range(count), rng
@@ -158,7 +170,9 @@ def _requests(drawn: Iterable[tuple[float, int, int]], rng: random.Random, sende
     streams = []
     for i, (at, prompt, outputs) in enumerate(drawn):
         tenant, weight, adapter, slo_class = choose()
-        streams.append(Stream(f"r{i}", at, prompt, outputs, slo_class, adapter, ttft, tenant=tenant, weight=weight))
+        streams.append(
+            Stream(f"{tenant}-r{i}", at, prompt, outputs, slo_class, adapter, ttft, tenant=tenant, weight=weight)
+        )
     return streams
 
 
@@ -166,7 +180,8 @@ class ClosedLoop:
     """`count` clients, each with one request at a time and `pause` seconds between them."""
 
     def __init__(self, count: int, seed: int, lengths: Lengths | None = None, ttft: float = 2.0,
-                 pause: float = 0.01, tenant: str = "t", begins: float = 0.0) -> None:  # fmt: skip
+                 pause: float = 0.01, tenant: str = "t", begins: float = 0.0, weight: float = 1.0) -> None:  # fmt: skip
+        self._weight = weight
         self._count, self._rng, self._lengths = count, random.Random(seed), lengths or Lengths()
         self._ttft, self._pause, self._tenant, self._begins = ttft, pause, tenant, begins
         self._sent = 0
@@ -180,7 +195,10 @@ class ClosedLoop:
     def _next(self, at: float) -> Stream:
         prompt, outputs = self._lengths.draw(self._rng)
         self._sent += 1
-        return Stream(f"{self._tenant}-{self._sent}", at, prompt, outputs, ttft=self._ttft, tenant=self._tenant)
+        return Stream(
+            f"{self._tenant}-{self._sent}", at, prompt, outputs, ttft=self._ttft, tenant=self._tenant,
+            weight=self._weight,
+        )  # fmt: skip
 
 
 class Together:

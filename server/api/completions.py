@@ -160,6 +160,7 @@ class CompletionShape:
             "created": int(time.time()),
             "model": fields.model,
             "system_fingerprint": f"fp_{digest[:12]}",
+            **({"service_tier": fields.served_tier} if fields.served_tier else {}),
         }
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ from coserve.server.store.job_events import Event
 from coserve.server.store.jobs import Job
 
 MAX_RANK = 1024
-_PROGRESS = ("step", "total_steps", "tokens_per_second", "loss", "queue_position", "eta_seconds", "reason")
+_PROGRESS = ("step", "total_steps", "tokens_per_second", "loss", "queue_position", "eta_seconds", "reason",
+             "expected_wait_seconds")  # fmt: skip
 _METRICS = (
     "step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy", "full_valid_loss",
     "full_valid_mean_token_accuracy",

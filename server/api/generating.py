@@ -20,6 +20,7 @@ from coserve.server.api.errors import (
 )
 from coserve.server.api.generation_params import (
     GenerationFields,
+    promise,
     refuse_unsupported,
     sampling_params,
     warning_headers,
@@ -30,7 +31,7 @@ from coserve.server.gateway.engine_sequence import SequenceFailed
 from coserve.server.gateway.generation import Generation
 from coserve.server.gateway.refusals import Refused
 from coserve.server.gateway.services import Services
-from coserve.server.gateway.sse import DONE, KEEPALIVE, EventStream, event
+from coserve.server.gateway.sse import DONE, KEEPALIVE, EventStream, comment, event
 from coserve.server.gateway.text import TooLong
 from coserve.server.store.usage import Usage
 from coserve.server.tenancy.principal import Principal
@@ -176,6 +177,8 @@ def generation_request(
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         ),
+        promise=promise(fields, services.terms, principal, engine),
+        share=services.terms.share(principal.tenant_name),
         stop=fields.stops,
         include_stop=bool(fields.include_stop_str_in_output),
         skip_special=fields.skip_special_tokens is not False,
@@ -229,6 +232,16 @@ async def _all_pieces(generation: Generation, timeout: float) -> list[list[Piece
     return pieces
 
 
+def _heartbeat(services: Services, generation: Generation) -> bytes:
+    """A comment that tells who waits where it stands."""
+    if generation.first_token_at is None:
+        for waiting in services.engine.queue(generation.request.tenant):
+            if waiting.position is not None and waiting.request_id.startswith(f"{generation.request.id}/"):
+                wait = "" if waiting.seconds is None else f", about {waiting.seconds:.1f} s"
+                return comment(f"keepalive: position {waiting.position} in the queue{wait}; {waiting.reason}")
+    return KEEPALIVE
+
+
 async def _events(
     services: Services, generation: Generation, shape: Shape, first: list[Piece], include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
@@ -237,7 +250,7 @@ async def _events(
         pieces = first
         while True:
             chunks = [event({**chunk, **nothing}) for piece in pieces for chunk in shape.chunks(piece)]
-            yield b"".join(chunks) if chunks else KEEPALIVE
+            yield b"".join(chunks) if chunks else _heartbeat(services, generation)
             if generation.done:
                 break
             pieces = await generation.next(services.settings.keepalive_seconds)

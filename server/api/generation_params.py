@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from coserve.server.api.errors import clip, invalid, unsupported
-from coserve.server.wire.messages import SamplingParams
+from coserve.server.tenancy.principal import Principal
+from coserve.server.tenancy.terms import TIERS, Promise, Terms, TooTight
+from coserve.server.wire.messages import EngineReady, SamplingParams
 
 MAX_N = 64
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_SLO_MS = 86_400_000.0  # a day
 _INT64 = 2**63
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 # Known fields that change nothing here: accepted in silence.
-_IRRELEVANT = frozenset({"store", "service_tier", "safety_identifier", "prompt_cache_key"})
+_IRRELEVANT = frozenset({"store", "safety_identifier", "prompt_cache_key"})
 # Known fields whose other values are refused: what comes past `refuse_unsupported` is what happens anyway.
 _REFUSED_UNLESS_NULL = (
     "best_of", "suffix", "prompt_logprobs", "functions", "function_call", "web_search_options", "audio",
@@ -43,6 +46,15 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     include_usage: bool | None = None
+
+
+class Slo(BaseModel):
+    """What a request asks to be promised, in milliseconds: no less than its tenant is promised."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    ttft_ms: Annotated[Number, Field(gt=0, le=MAX_SLO_MS)] | None = None
+    itl_ms: Annotated[Number, Field(gt=0, le=MAX_SLO_MS)] | None = None
 
 
 class GenerationFields(BaseModel):
@@ -77,6 +89,9 @@ class GenerationFields(BaseModel):
     return_token_ids: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
+    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
+    slo: Slo | None = None
+
     # checked, and without effect here
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -100,6 +115,13 @@ class GenerationFields(BaseModel):
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def served_tier(self) -> str | None:
+        """The tier that the answer names; None where the request did not ask for one."""
+        if self.service_tier is None:
+            return None
+        return "flex" if TIERS[self.service_tier] == "batch" else "default"
 
     @property
     def include_usage(self) -> bool:
@@ -147,6 +169,20 @@ def warning_headers(fields: GenerationFields) -> dict[str, str]:
 
 def _header_safe(name: str) -> str:
     return "".join(character if "!" <= character <= "~" else "?" for character in name[:64])
+
+
+def promise(fields: GenerationFields, terms: Terms, principal: Principal, engine: EngineReady) -> Promise:
+    """What the request is promised. Raises 400 if it asks for more than its tenant has."""
+    slo = fields.slo or Slo()
+    tier = fields.service_tier or "auto"
+    try:
+        return terms.promise(principal.tenant_name, engine, TIERS[tier], slo.ttft_ms, slo.itl_ms)
+    except TooTight as error:
+        raise invalid(
+            f"'slo.{error.field}' is {error.asked:g} ms, tighter than the {error.least:g} ms that you are promised in "
+            f"the service tier '{tier}'; ask for as much or more, or leave it out.",
+            f"slo.{error.field}",
+        ) from None
 
 
 def sampling_params(

@@ -42,6 +42,10 @@ class AdapterBook:
         """Whether its rows may run now."""
         return ref is None or self.pool.ready(ref.digest)
 
+    def pages(self, ref: AdapterRef | None) -> int:
+        """Pages of the pool that a resident version holds; 0 where nothing is known of it yet."""
+        return self.pool.pages_of(ref.digest) if ref is not None and ref.digest in self.pool else 0
+
     def handle(self, ref: AdapterRef) -> PooledAdapter:
         if ref.digest not in self._resident:
             self._resident[ref.digest] = PooledAdapter(self.pool, ref.digest)

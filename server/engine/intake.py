@@ -12,6 +12,7 @@ from coserve.server.engine.checking import FolderCheck
 from coserve.server.engine.containment import attempt
 from coserve.server.engine.iterations import IterationLog
 from coserve.server.engine.requests import Request, RequestBook
+from coserve.server.engine.shares import Shares
 from coserve.server.engine.trainer import Trainer
 from coserve.server.wire.messages import (
     Abort,
@@ -28,6 +29,7 @@ from coserve.server.wire.messages import (
     PinAdapters,
     StartJob,
     StopJob,
+    TenantShare,
 )  # fmt: skip
 from coserve.server.wire.sync import Connected, Disconnected, EngineSocket
 
@@ -39,8 +41,9 @@ class Intake:
 
     def __init__(
         self, socket: EngineSocket, ready: Callable[[], EngineReady], requests: RequestBook, adapters: AdapterBook,
-        trainer: Trainer, checks: FolderCheck, iterations: IterationLog, max_model_len: int,
+        trainer: Trainer, checks: FolderCheck, iterations: IterationLog, max_model_len: int, shares: Shares,
     ) -> None:  # fmt: skip
+        self._shares = shares
         self._socket, self._ready = socket, ready
         self._requests, self._adapters, self._trainer = requests, adapters, trainer
         self._checks, self._iterations = checks, iterations
@@ -119,9 +122,14 @@ class Intake:
                 )
             )  # fmt: skip
         else:
+            self._note(message.tenant, message.share)
             fault = attempt(f"request {message.request_id}", lambda: self._requests.add(message))
             if fault is not None:
                 self._socket.send(Failed(message.request_id, fault.code, fault.message))
+
+    def _note(self, tenant: str, share: TenantShare) -> None:
+        self._shares.note(tenant, share)
+        self._requests.blocks.prefix_cache.limit(tenant, self._shares.cached_blocks(tenant))
 
     def _abort(self, message: Abort) -> None:
         request = self._requests.get(message.request_id)
@@ -130,6 +138,7 @@ class Intake:
 
     def _start_job(self, message: StartJob) -> None:
         if self._drain_until is None:
+            self._note(message.tenant, message.share)
             self._trainer.start(message.job_id)
 
     def _stop_job(self, message: StopJob) -> None:

@@ -147,6 +147,7 @@ class SequenceBlocks:
     expected_tokens: int = 0  # how long the sequence may become: a hint for placement only
     parent: bytes = b""  # hash of the last full block (or of salt and version), for the prefix cache
     pending: list[int] = field(default_factory=list)  # token ids of the block that is not full yet
+    owner: str = ""  # the tenant in whose share of the prefix cache its blocks count
 
     @property
     def capacity(self) -> int:

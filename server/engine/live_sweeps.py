@@ -29,14 +29,15 @@ class LiveSweeps:
         self._next_id = 0
 
     def group(self, due: Sequence[RunningJob]) -> list[RunningJob]:
-        """The oldest of the jobs that are due, and those whose rows may share its sweep."""
+        """The first of the jobs that are due, and those whose rows may share its sweep: jobs of one tenant, so that
+        tenants can take turns between sweeps. Windows of several sweeps ride in one packed forward all the same."""
         first, *others = due
         if first.lean or first.batch is None:
             return [first]
         group, rows = [first], _rows(first)
         for running in others:
             alike = running.batch is not None and running.batch.kind == first.batch.kind and not running.lean
-            if alike and rows + _rows(running) <= self.most_rows:
+            if alike and running.tenant == first.tenant and rows + _rows(running) <= self.most_rows:
                 group.append(running)
                 rows += _rows(running)
         return group

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from functools import partial
 
 from coserve.scheduler.policy import Scheduler
-from coserve.scheduler.state import Plan, SchedulerState
+from coserve.scheduler.state import Plan, RequestState, SchedulerState
 from coserve.server.engine.adapters import AdapterBook
 from coserve.server.engine.containment import attempt
 from coserve.server.engine.intake import Intake
 from coserve.server.engine.iterations import IterationLog
 from coserve.server.engine.requests import Request, RequestBook
 from coserve.server.engine.runner import Outcome, Runner
+from coserve.server.engine.shares import Shares
 from coserve.server.engine.stats import StatsClock
 from coserve.server.engine.trainer import Trainer
 from coserve.server.wire.messages import Failed
@@ -36,8 +37,9 @@ class Engine:
     def __init__(
         self, socket: EngineSocket, intake: Intake, requests: RequestBook, adapters: AdapterBook, trainer: Trainer,
         scheduler: Scheduler, runner: Runner, iterations: IterationLog, stats: StatsClock, *,
-        max_running: int, max_adapters: Callable[[], int], beat: Callable[[], None],
+        shares: Shares, max_running: int, max_adapters: Callable[[], int], beat: Callable[[], None],
     ) -> None:  # fmt: skip
+        self._shares = shares
         self._socket, self._intake = socket, intake
         self._requests, self._adapters, self._trainer = requests, adapters, trainer
         self._scheduler, self._runner = scheduler, runner
@@ -59,7 +61,7 @@ class Engine:
         plan = self._scheduler.plan(state)
         self._prepare(plan)
         if plan.empty:
-            self._stats.send_if_due()
+            self._stats.send_if_due(state)
             return bool(plan.preempt or plan.unservable)
         started, clock = time.time(), time.perf_counter()
         outcome = self._runner.run(plan, self._trainer.sweeps)
@@ -71,6 +73,7 @@ class Engine:
             measured=seconds, budget=plan.budget_seconds, streams=bool(plan.decodes),
         )  # fmt: skip
         self._deliver(outcome)
+        self._stats.send_if_due(state)
         return True
 
     def _state(self) -> SchedulerState:
@@ -78,13 +81,21 @@ class Engine:
         book = self._requests
         return SchedulerState(
             now=time.monotonic(),
-            requests=tuple(book.state(r, 1.0, self._adapters.ready(r.message.adapter)) for r in book),
+            requests=tuple(map(self._request, book)),
             sweeps=self._trainer.states(),
             free_blocks=book.blocks.free_blocks,
             block_size=book.blocks.block_size,
             max_running=self._max_running,
             max_adapters=self._max_adapters(),
+            limits=self._shares.limits,
         )
+
+    def _request(self, request: Request) -> RequestState:
+        message = request.message
+        return self._requests.state(
+            request, self._shares.weight(message.tenant), self._adapters.ready(message.adapter),
+            self._adapters.pages(message.adapter),
+        )  # fmt: skip
 
     def _prepare(self, plan: Plan) -> None:
         """Carry out what the plan says of the books: preemptions, refusals, residency, admissions."""
@@ -94,7 +105,10 @@ class Engine:
                 self._intake.preempt(request)
                 self._iterations.counters["coserve_preemptions_total"] += 1
         for request_id in plan.unservable:
-            reason = "the sequence needs more K/V blocks than the server has; shorten it, or raise --kv-memory"
+            reason = (
+                "the sequence needs more K/V blocks than the server, or its tenant's share of it, has; shorten it, or "
+                "raise --kv-memory"
+            )
             self._fail(request_id, "context_length_exceeded", reason)
         self._intake.load_adapters(plan.adapters)
         for prefill in plan.prefills:
@@ -124,7 +138,6 @@ class Engine:
         for request_id, fault in outcome.failed.items():
             self._fail(request_id, fault.code, fault.message)
         self._trainer.lose(outcome.lost)
-        self._stats.send_if_due()
 
     def _fail(self, request_id: str, code: str, message: str) -> None:
         request: Request | None = self._requests.get(request_id)

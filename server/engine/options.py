@@ -32,6 +32,8 @@ class EngineOptions:
     max_running: int | None = None
     slo_ttft_ms: float | None = None
     slo_itl_ms: float | None = None
+    slo_batch_ttft_ms: float | None = None
+    slo_batch_itl_ms: float | None = None
     train_window: int | None = None
     activations: str = "auto"
     kernels: str = "auto"  # see `backend.choose_backend`

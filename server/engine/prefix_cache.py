@@ -40,6 +40,18 @@ class PrefixCache:
         self._blocks: dict[bytes, int] = {}
         self._entries: dict[int, tuple[bytes, str]] = {}  # block -> (hash, version)
         self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._limits: dict[str, int] = {}  # owner -> blocks
+        self._owners: dict[int, str] = {}  # of known blocks, where the owner has a limit
+        self._evictable_of: dict[str, OrderedDict[int, None]] = {}  # owner -> blocks, likewise
+
+    def limit(self, owner: str, blocks: int | None) -> None:
+        """From now on keep at most so many evictable blocks of an owner; None: no limit. What is there stays."""
+        if blocks is not None:
+            self._limits[owner] = blocks
+            self._evictable_of.setdefault(owner, OrderedDict())
+        elif owner in self._limits:
+            del self._limits[owner], self._evictable_of[owner]
+            self._owners = {block: other for block, other in self._owners.items() if other != owner}
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -75,27 +87,50 @@ class PrefixCache:
     def acquire(self, block: int) -> None:
         """A sequence takes a reference on a known block."""
         self._allocator.share(block)
-        self._evictable.pop(block, None)
+        self._keep(block)
 
     def released(self, block: int) -> None:
         """A sequence has dropped its reference on a block, known or not."""
         if block in self._entries and self._allocator.references(block) == 1:
             self._evictable[block] = None
             self._evictable.move_to_end(block)
+            self._held_to_limit(block)
 
-    def insert(self, key: bytes, version: str, block: int) -> None:
+    def _held_to_limit(self, block: int) -> None:
+        """`block` has become evictable: if its owner has too many of those now, its least recently used one goes."""
+        owner = self._owners.get(block)
+        if owner is not None:
+            own = self._evictable_of[owner]
+            own[block] = None
+            own.move_to_end(block)
+            if len(own) > self._limits[owner]:
+                oldest = next(iter(own))
+                self._keep(oldest)
+                self._drop(oldest)
+
+    def _keep(self, block: int) -> None:
+        """`block` is no longer evictable."""
+        self._evictable.pop(block, None)
+        owner = self._owners.get(block)
+        if owner is not None:
+            self._evictable_of[owner].pop(block, None)
+
+    def insert(self, key: bytes, version: str, block: int, owner: str = "") -> None:
         """Enter a full block whose K/V has been computed; of two equal blocks the first stays the known one."""
         if key in self._blocks or block in self._entries:
             return
         self._allocator.share(block)
         self._blocks[key] = block
         self._entries[block] = (key, version)
+        if owner in self._limits:
+            self._owners[block] = owner
 
     def evict(self, count: int) -> int:
         """Free up to `count` unreferenced blocks, least recently used first; returns how many."""
         freed = 0
         while freed < count and self._evictable:
-            block, _ = self._evictable.popitem(last=False)
+            block = next(iter(self._evictable))
+            self._keep(block)
             self._drop(block)
             freed += 1
         return freed
@@ -104,12 +139,13 @@ class PrefixCache:
         """Forget every block of `version` (None: of all). Running sequences keep the blocks they hold."""
         for block, (_, held) in list(self._entries.items()):
             if version is None or held == version:
-                self._evictable.pop(block, None)
+                self._keep(block)
                 self._drop(block)
 
     def _drop(self, block: int) -> None:
         key, _ = self._entries.pop(block)
         del self._blocks[key]
+        self._owners.pop(block, None)
         self._allocator.free(block)
 
 
@@ -137,6 +173,7 @@ class BlockManager:
         *,
         expected_tokens: int = 0,
         reuse: bool = True,
+        owner: str = "",
     ) -> SequenceBlocks:
         """Begin a sequence: its known prefix is shared, nothing is allocated yet.
 
@@ -145,12 +182,13 @@ class BlockManager:
             version: adapter version digest, "" for the base model.
             expected_tokens: how long the sequence may become, a hint for where to place it.
             reuse: False runs every token (for log-probabilities of the prompt).
+            owner: the tenant in whose share of the prefix cache the sequence's blocks count.
         """
         found, parent = self.prefix_cache.match(salt, version, token_ids) if reuse else ([], root_hash(salt, version))
         for block in found:
             self.prefix_cache.acquire(block)
         cached = len(found) * self.block_size
-        return SequenceBlocks(self.block_size, found, cached, cached, expected_tokens, parent)
+        return SequenceBlocks(self.block_size, found, cached, cached, expected_tokens, parent, owner=owner)
 
     def blocks_wanted(self, sequence: SequenceBlocks, tokens: int) -> int:
         """How many more blocks the sequence needs before it can compute `tokens` more tokens."""
@@ -192,7 +230,7 @@ class BlockManager:
             done += size
             sequence.parent = block_hash(sequence.parent, full)
             index = (sequence.length - (len(sequence.pending) - done)) // size - 1
-            self.prefix_cache.insert(sequence.parent, version, sequence.blocks[index])
+            self.prefix_cache.insert(sequence.parent, version, sequence.blocks[index], sequence.owner)
         del sequence.pending[:done]
 
     def release(self, sequence: SequenceBlocks) -> None:

@@ -54,13 +54,21 @@ class Request:
 class RequestBook:
     """All sequences by id, in order of arrival, and the block manager that they draw on."""
 
-    def __init__(self, blocks: BlockManager, itl_seconds: float, ttft_seconds: float) -> None:
+    def __init__(
+        self, blocks: BlockManager, itl_seconds: float, ttft_seconds: float, *,
+        batch: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
+        """Promises of requests that bring none of their own; `batch`: (inter-token, first-token) of that class."""
         self.blocks = blocks
-        self._itl, self._ttft = itl_seconds, ttft_seconds
+        promises = itl_seconds, ttft_seconds
+        self._promises = {"interactive": promises, "batch": batch or promises}
         self._requests: dict[str, Request] = {}
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
 
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests.values())
@@ -95,7 +103,7 @@ class RequestBook:
         left = params.max_tokens - len(request.output)
         request.blocks = self.blocks.admit(
             request.tokens, request.message.salt, request.version, expected_tokens=len(request.tokens) + left,
-            reuse=not request.wants_prompt_logprobs,
+            reuse=not request.wants_prompt_logprobs, owner=request.message.tenant,
         )  # fmt: skip
         if request.cached_tokens is None:
             request.cached_tokens = request.blocks.cached_tokens
@@ -138,25 +146,29 @@ class RequestBook:
             tuple(request.prompt_logprobs) if first else (), stopped,
         )  # fmt: skip
 
-    def state(self, request: Request, weight: float, adapter_ready: bool) -> RequestState:
+    def state(self, request: Request, weight: float, adapter_ready: bool, adapter_pages: int = 0) -> RequestState:
         """What the scheduler is told of a sequence."""
-        last = request.last_token_at
+        message, last = request.message, request.last_token_at
+        itl, ttft = self._promises["batch" if message.slo_class == "batch" else "interactive"]
+        itl = itl if message.itl_seconds is None else message.itl_seconds
+        ttft = ttft if message.ttft_seconds is None else message.ttft_seconds
         return RequestState(
             request_id=request.id,
-            tenant=request.message.tenant,
+            tenant=message.tenant,
             weight=weight,
-            slo_class=request.message.slo_class,
-            arrived=request.message.arrived,
+            slo_class=message.slo_class,
+            arrived=message.arrived,
             total_tokens=len(request.tokens),
             computed_tokens=request.computed,
             output_tokens=len(request.output),
             blocks_held=len(request.blocks.blocks) if request.blocks else 0,
             adapter=request.version or None,
             adapter_ready=adapter_ready,
-            ttft_deadline=request.message.arrived + self._ttft,
-            itl_deadline=None if last is None else last + self._itl,
+            ttft_deadline=message.arrived + ttft,
+            itl_deadline=None if last is None else last + itl,
             running=request.blocks is not None,
             blocks_shared=self._shared(request),
+            adapter_pages=adapter_pages,
         )
 
     def _shared(self, request: Request) -> int:

@@ -38,6 +38,11 @@ class RunningJob:
         return f"job:{self.job_id}"
 
     @property
+    def tenant(self) -> str | None:
+        """Whose job it is; None before it has been opened."""
+        return None if self.job is None else self.job.tenant
+
+    @property
     def due(self) -> bool:
         """Whether its next rows may go into a sweep; a lean job has one at a time."""
         return bool(self.waiting) and self.stop is None and not (self.lean and self.sweeps)

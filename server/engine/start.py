@@ -28,6 +28,7 @@ from coserve.server.engine.prefix_cache import BlockManager
 from coserve.server.engine.requests import RequestBook
 from coserve.server.engine.runner import Runner
 from coserve.server.engine.shapes import layer_shapes
+from coserve.server.engine.shares import Shares
 from coserve.server.engine.stats import StatsClock
 from coserve.server.engine.trainer import Trainer
 from coserve.server.training.fault import is_out_of_memory
@@ -46,6 +47,7 @@ log = logging.getLogger("coserve.engine")
 _ITL_STEPS = 4.0
 _TTFT_STEPS = 10.0  # and its first-token promise, in inter-token promises
 _CUDA_ITL, _CUDA_TTFT = 0.050, 1.0
+_BATCH_ITL, _BATCH_TTFT = 4.0, 10.0  # the batch class's promises, in those of interactive requests
 
 
 Load = Callable[[EngineOptions], LoadedModel]
@@ -96,8 +98,12 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
     log.info("decode step at four streams %.1f ms; inter-token promise %.0f ms, first token %.0f ms",
              step * 1e3, itl * 1e3, ttft * 1e3)  # fmt: skip
 
-    requests = RequestBook(blocks, itl, ttft)
-    trainer = Trainer(model, pool, options, loaded.digest, Path(options.model).name)
+    batch = _batch_promises(options, itl, ttft)
+    shares = Shares(blocks.num_blocks, pool.num_pages)
+    requests = RequestBook(blocks, itl, ttft, batch=batch)
+    trainer = Trainer(
+        model, pool, options, loaded.digest, Path(options.model).name, shares, served=scheduler.share.served
+    )
     iterations = IterationLog(os.getpid())
     socket = EngineSocket(options.socket_path)
     checks = FolderCheck(options.data_dir, model.sites, loaded.digest, lambda weights: too_large(weights, pool))
@@ -109,16 +115,17 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
             dtype=str(model.dtype).removeprefix("torch."), device=str(model.device), vocab_size=model.vocab_size,
             max_model_len=loaded.max_model_len, kv_blocks=blocks.num_blocks, block_size=blocks.block_size,
             lora_sites=tuple(sorted({site.name.rsplit(".", 1)[-1] for site in model.sites})),
-            slo_itl_seconds=itl, slo_ttft_seconds=ttft, running_requests=requests.ids, running_jobs=trainer.job_ids,
+            slo_itl_seconds=itl, slo_ttft_seconds=ttft, slo_batch_itl_seconds=batch[0],
+            slo_batch_ttft_seconds=batch[1], running_requests=requests.ids, running_jobs=trainer.job_ids,
         )  # fmt: skip
 
-    intake = Intake(socket, ready, requests, adapters, trainer, checks, iterations, loaded.max_model_len)
-    stats = StatsClock(socket, requests, trainer, pool, iterations, lambda: fixed)
+    intake = Intake(socket, ready, requests, adapters, trainer, checks, iterations, loaded.max_model_len, shares)
+    stats = StatsClock(socket, requests, trainer, pool, iterations, lambda: fixed, scheduler.queue)
     runner = Runner(model, cache, requests, adapters, cores, graphs)
     engine = Engine(
         socket, intake, requests, adapters, trainer, scheduler, runner, iterations, stats,
-        max_running=options.running(), max_adapters=lambda: adapters.capacity(r.version for r in requests),
-        beat=heartbeat.beat,
+        shares=shares, max_running=options.running(), beat=heartbeat.beat,
+        max_adapters=lambda: adapters.capacity(r.version for r in requests),
     )  # fmt: skip
     socket.start()
     return engine, intake
@@ -167,3 +174,11 @@ def _promises(options: EngineOptions, decode_step: float) -> tuple[float, float]
     itl = options.slo_itl_ms / 1e3 if options.slo_itl_ms else _CUDA_ITL if cuda else _ITL_STEPS * decode_step
     ttft = options.slo_ttft_ms / 1e3 if options.slo_ttft_ms else _CUDA_TTFT if cuda else _TTFT_STEPS * itl
     return itl, ttft
+
+
+def _batch_promises(options: EngineOptions, itl: float, ttft: float) -> tuple[float, float]:
+    """The same of the batch class."""
+    return (
+        options.slo_batch_itl_ms / 1e3 if options.slo_batch_itl_ms else _BATCH_ITL * itl,
+        options.slo_batch_ttft_ms / 1e3 if options.slo_batch_ttft_ms else _BATCH_TTFT * ttft,
+    )

@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from coserve.scheduler.queue import Queued
+from coserve.scheduler.state import SchedulerState
 from coserve.server.engine.adapter_pool import AdapterPool
 from coserve.server.engine.iterations import IterationLog
 from coserve.server.engine.requests import RequestBook
 from coserve.server.engine.trainer import Trainer
-from coserve.server.wire.messages import Stats
+from coserve.server.wire.messages import QueuedRequest, Stats
 from coserve.server.wire.sync import EngineSocket
 
 _EVERY_SECONDS = 1.0
@@ -25,13 +27,16 @@ class StatsClock:
     def __init__(
         self, socket: EngineSocket, requests: RequestBook, trainer: Trainer, pool: AdapterPool,
         iterations: IterationLog, fixed: Callable[[], dict[str, float]],
+        queue: Callable[[SchedulerState], tuple[Queued, ...]],
     ) -> None:  # fmt: skip
+        self._queue = queue
         self._socket, self._requests, self._trainer = socket, requests, trainer
         self._pool, self._iterations, self._fixed = pool, iterations, fixed
         self._sent = -_EVERY_SECONDS
         self._told = (0, 0)
 
-    def send_if_due(self) -> None:
+    def send_if_due(self, state: SchedulerState) -> None:
+        """`state`: what the latest plan was made for."""
         now = time.monotonic()
         if now < self._sent + _CHANGED_SECONDS or not self._socket.connected:
             return
@@ -40,7 +45,11 @@ class StatsClock:
             return
         self._sent, self._told = now, holdings
         itl, ttft = self._iterations.take_samples()
-        self._socket.send(Stats(now, dict(self._iterations.counters), self._gauges(), itl, ttft))
+        queued = tuple(
+            QueuedRequest(q.request_id, q.position, q.reason, q.wait_seconds) for q in self._queue(state)
+            if q.request_id in self._requests
+        )  # fmt: skip
+        self._socket.send(Stats(now, dict(self._iterations.counters), self._gauges(), itl, ttft, queued))
 
     def _gauges(self) -> dict[str, float]:
         blocks, running = self._requests.blocks, self._requests.running

@@ -24,6 +24,7 @@ from coserve.server.engine.model import BaseModel
 from coserve.server.engine.options import EngineOptions
 from coserve.server.engine.runner import YIELDED
 from coserve.server.engine.running_job import RunningJob
+from coserve.server.engine.shares import Shares
 from coserve.server.engine.sweep import Sweep
 from coserve.server.training.batches import Batch
 from coserve.server.training.fault import OUT_OF_MEMORY, Fault
@@ -41,8 +42,11 @@ class Trainer:
     """All jobs and sweeps of one engine."""
 
     def __init__(
-        self, model: BaseModel, pool: AdapterPool, options: EngineOptions, base_digest: str, base_name: str
-    ) -> None:
+        self, model: BaseModel, pool: AdapterPool, options: EngineOptions, base_digest: str, base_name: str,
+        shares: Shares, served: Callable[[str], float],
+    ) -> None:  # fmt: skip
+        """`served`: how much of the device a tenant has had; sweeps of the one with least begin first."""
+        self._shares, self._served = shares, served
         self._model, self._pool, self._options = model, pool, options
         self._base_digest, self._base_name = base_digest, base_name
         self._jobs: dict[str, RunningJob] = {}
@@ -151,6 +155,7 @@ class Trainer:
     def _new_sweeps(self) -> None:
         """Sweeps of everything that is due, as far as what they will store fits the activations' memory."""
         due = [running for running in self._jobs.values() if running.due]
+        due.sort(key=lambda running: self._served(running.tenant or ""))
         while due:
             group = self._live.group(due)
             if not self._live.fits(group):
@@ -311,5 +316,8 @@ class Trainer:
 
     def _state(self, sweep_id: int, sweep: Sweep) -> SweepState:
         jobs = [self._jobs[step.job_id].job for step in sweep.steps if step.job_id in self._jobs]
-        known = tuple(SweepJob(job.job_id, job.tenant, job.weight, job.priority) for job in jobs if job is not None)
+        known = tuple(
+            SweepJob(job.job_id, job.tenant, self._shares.weight(job.tenant), job.priority)
+            for job in jobs if job is not None
+        )  # fmt: skip
         return self._live.state(sweep_id, known)

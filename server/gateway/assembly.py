@@ -57,7 +57,9 @@ async def assemble(settings: Settings, socket_path: str, leave: AsyncExitStack) 
     )
     preparer = Preparer(store, data, files, text.tokenizer)
     leave.callback(preparer.close)
-    controller = JobController(store, data, engine, files, preparer, most_running=settings.max_jobs_running)
+    controller = JobController(
+        store, data, engine, files, preparer, most_running=settings.max_jobs_running, terms=settings.terms
+    )
     jobs = JobService(
         store,
         data,
@@ -91,6 +93,7 @@ async def assemble(settings: Settings, socket_path: str, leave: AsyncExitStack) 
         adapters=adapters,
         controller=controller,
         jobs=jobs,
+        terms=settings.terms,
     )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from coserve.server.gateway.detokenizer import Detokenizer
 from coserve.server.gateway.engine_sequence import Update
 from coserve.server.gateway.stop_strings import StopScanner
-from coserve.server.wire.messages import AdapterRef, SamplingParams, TokenLogprob
+from coserve.server.tenancy.terms import Promise
+from coserve.server.wire.messages import AdapterRef, SamplingParams, TenantShare, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class GenerationRequest:
     prompts: tuple[tuple[int, ...], ...]
     n: int
     sampling: SamplingParams  # of choice 0
+    promise: Promise
+    share: TenantShare  # its tenant's
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special: bool = True

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from coserve.server.gateway.engine_sequence import EngineSequence
+from coserve.server.gateway.waiting import Waiting, waiting
 from coserve.server.wire.codec import WireError
 from coserve.server.wire.messages import (
     Abort,
@@ -148,6 +149,10 @@ class EngineClient:
     def waiting(self) -> int:
         """Sequences that have no token yet."""
         return sum(not sequence.started for sequence in self._sequences.values())
+
+    def queue(self, tenant: str) -> list[Waiting]:
+        """The tenant's sequences that have no token yet, the next one first, as of the engine's last report."""
+        return waiting(self._sequences.values(), self.stats if self.engine is not None else None, tenant)
 
     @property
     def running(self) -> int:

@@ -63,6 +63,10 @@ class Generation:
                 adapter=request.adapter,
                 salt=request.salt,
                 arrived=self.arrived,
+                slo_class=request.promise.slo_class,
+                ttft_seconds=request.promise.ttft,
+                itl_seconds=request.promise.itl,
+                share=request.share,
             )
             self._sequences[choice.index] = start(message, self._news)
 
@@ -181,7 +185,7 @@ class GenerationService:
         generation.abandon()
         if self._running.pop(generation.request.id, None) is None:
             return
-        self._metrics.finished(generation, self._engine.known)
+        self._metrics.finished(generation)
         write = asyncio.create_task(self._record(generation))
         self._writes.add(write)
         write.add_done_callback(self._writes.discard)
@@ -191,7 +195,7 @@ class GenerationService:
         """The same for a caller that may not wait: the row is written in the background."""
         generation.abandon()
         if self._running.pop(generation.request.id, None) is not None:
-            self._metrics.finished(generation, self._engine.known)
+            self._metrics.finished(generation)
             write = asyncio.create_task(self._record(generation))
             self._writes.add(write)
             write.add_done_callback(self._writes.discard)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import shutil
 import time
+from collections import Counter
 from typing import Any
 
 from coserve.server.gateway import job_changes
@@ -18,7 +19,7 @@ from coserve.server.gateway.file_service import FileService
 from coserve.server.gateway.job_events import STORAGE_FULL, Translation
 from coserve.server.gateway.job_history import JobHistory
 from coserve.server.gateway.job_preparation import Preparer
-from coserve.server.gateway.job_queue import Waiting, to_start
+from coserve.server.gateway.job_queue import Waiting, in_turns, to_start
 from coserve.server.gateway.job_room import MARGIN_BYTES, RoomWait
 from coserve.server.gateway.job_signals import JobSignals
 from coserve.server.gateway.job_validation import JobValidation
@@ -27,6 +28,7 @@ from coserve.server.store.errors import InvalidTransition
 from coserve.server.store.jobs import Job, JobChange
 from coserve.server.store.store import Store
 from coserve.server.store.transitions import FINAL, PAUSED, QUEUED, RUNNING, VALIDATING
+from coserve.server.tenancy.terms import Terms
 from coserve.server.wire.messages import Drained, EngineReady, JobEvent, StartJob, StopJob
 
 log = logging.getLogger("coserve.jobs")
@@ -40,7 +42,7 @@ class JobController:
 
     def __init__(
         self, store: Store, data: DataDirectory, engine: EngineClient, files: FileService, preparer: Preparer, *,
-        most_running: int, tick_seconds: float = TICK_SECONDS,
+        most_running: int, terms: Terms, tick_seconds: float = TICK_SECONDS,
     ) -> None:  # fmt: skip
         self.signals = JobSignals()
         self._store = store
@@ -51,6 +53,7 @@ class JobController:
         self._lock = asyncio.Lock()
         self._validation = JobValidation(store, engine, preparer, self._lock, self._changed)
         self._most_running = most_running
+        self._terms = terms
         self._tick_seconds = tick_seconds
         self._inbox: asyncio.Queue[Any] = asyncio.Queue()
         self._active: dict[str, int] = {}  # jobs that the connected engine has -> their crashes
@@ -269,10 +272,16 @@ class JobController:
             return
         jobs = await self._store.jobs.all_with_status_for_recovery((QUEUED, RUNNING))
         waiting = {job.id: job for job in jobs if job.id not in self._active and job.requested != "pause"}
-        ordered = sorted(waiting.values(), key=lambda job: job.status == QUEUED)
-        for job_id in to_start([Waiting(job.id, job.crashes) for job in ordered], self._active, self._most_running):
-            if await self._tell(StartJob(job_id, waiting[job_id].tenant)):
+        again = [Waiting(job.id, job.crashes) for job in waiting.values() if job.status == RUNNING]
+        queue = [Waiting(job.id, job.crashes, job.tenant) for job in waiting.values() if job.status == QUEUED]
+        running = Counter(job.tenant for job in jobs if job.id in self._active or job.status == RUNNING)
+        for job_id in to_start([*again, *in_turns(queue, running)], self._active, self._most_running):
+            if await self._tell(await self._start(waiting[job_id])):
                 self._active[job_id] = waiting[job_id].crashes
+
+    async def _start(self, job: Job) -> StartJob:
+        tenant = await self._store.tenants.get(job.tenant)
+        return StartJob(job.id, job.tenant, self._terms.share(tenant.name if tenant is not None else job.tenant))
 
     async def _tell(self, message: Any) -> bool:
         """False if the engine is away; the next reconciliation says it again."""
@@ -295,7 +304,7 @@ class JobController:
             # A full disk may have kept the engine from saying that it paused: running jobs ignore this.
             for job in await self._store.jobs.all_with_status_for_recovery((RUNNING,)):
                 if job.id in self._active and job.requested is None:
-                    await self._tell(StartJob(job.id, job.tenant))
+                    await self._tell(await self._start(job))
         for job in await self._store.jobs.all_with_status_for_recovery((PAUSED,)):
             needed, full = job.progress.get("room_needed") or 0, job.progress.get("reason") == STORAGE_FULL
             if full and self._room.may_go_on(job.id, needed, self._free_bytes, time.monotonic()):

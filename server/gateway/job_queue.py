@@ -1,9 +1,11 @@
-"""Which finetuning jobs start next: first come, first served, and one suspect at a time. Pure decisions."""
+"""Which finetuning jobs start next: tenants take turns, and one suspect goes at a time. Pure decisions."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
 
 CRASHES_ALLOWED = 3
 
@@ -12,6 +14,26 @@ CRASHES_ALLOWED = 3
 class Waiting:
     job_id: str
     crashes: int  # engine crashes since the job last made progress
+    tenant: str = ""
+
+
+def in_turns(queue: Sequence[Waiting], running: Mapping[str, int]) -> list[Waiting]:
+    """Jobs that wait (oldest first) in the order in which they start: each slot goes to the tenant that has fewest
+    jobs running, or about to, and its oldest one. With one tenant that is first come, first served."""
+    of_tenant: dict[str, deque[Waiting]] = {}
+    for job in queue:
+        of_tenant.setdefault(job.tenant, deque()).append(job)
+    turns = [(running.get(tenant, 0), place, tenant) for place, tenant in enumerate(of_tenant)]
+    heapify(turns)
+    ordered = []
+    while turns:
+        count, place, tenant = turns[0]
+        ordered.append(of_tenant[tenant].popleft())
+        if of_tenant[tenant]:
+            heapreplace(turns, (count + 1, place, tenant))
+        else:
+            heappop(turns)
+    return ordered
 
 
 def to_start(waiting: Sequence[Waiting], active: Mapping[str, int], most: int) -> list[str]:

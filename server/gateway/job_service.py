@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from coserve.server.gateway.adapter_folders import read_config
 from coserve.server.gateway.engine_client import EngineClient
 from coserve.server.gateway.job_controller import JobController
 from coserve.server.gateway.job_preparation import targets_message, unknown_targets
+from coserve.server.gateway.job_queue import Waiting, in_turns
 from coserve.server.gateway.job_spec import (
     JobRequest,
     fine_tuned_model_id,
@@ -203,15 +205,19 @@ class JobService:
     async def all_shown(self, jobs: Sequence[Job]) -> list[Job]:
         """`shown` for each."""
         places: dict[str, int] = {}
-        free = 0
+        free, ends = 0, list[float]()
         if any(job.status == QUEUED for job in jobs):
             known = await self._store.jobs.all_with_status_for_recovery((QUEUED, RUNNING))
-            queue = [job.id for job in known if job.status == QUEUED]
-            places = {job_id: place for place, job_id in enumerate(queue, start=1)}
-            free = self._most_running - (len(known) - len(queue))
-        return [replace(job, progress={**job.progress, **self._moment(job, places, free)}) for job in jobs]
+            queue = [Waiting(job.id, job.crashes, job.tenant) for job in known if job.status == QUEUED]
+            running = [job for job in known if job.status == RUNNING]
+            turns = in_turns(queue, Counter(job.tenant for job in running))
+            places = {one.job_id: place for place, one in enumerate(turns, start=1)}
+            free = self._most_running - len(running)
+            ends = sorted(job.progress.get("eta_seconds") or 0.0 for job in running)
+        return [replace(job, progress={**job.progress, **self._moment(job, places, free, ends)}) for job in jobs]
 
-    def _moment(self, job: Job, places: Mapping[str, int], free: int) -> dict[str, Any]:
+    def _moment(self, job: Job, places: Mapping[str, int], free: int, ends: Sequence[float]) -> dict[str, Any]:
+        """`ends`: seconds that the running jobs still take, as far as they know."""
         if job.status == QUEUED:
             place = places.get(job.id)
             reason = f"waiting for a slot: at most {self._most_running} jobs run at once"
@@ -219,10 +225,16 @@ class JobService:
                 reason = "waiting for the engine"
             elif place is None or place <= free:
                 reason = "starting"
-            return {"queue_position": place, "reason": reason}
+            wait = 0.0 if place is None or place <= free else _nth(ends, place - free)
+            return {"queue_position": place, "reason": reason, "expected_wait_seconds": wait}
         if job.status == VALIDATING and self._engine.known is None:
             return {"reason": "waiting for the engine"}
         return {"reason": "pausing"} if job.status == RUNNING and job.requested == "pause" else {}
+
+
+def _nth(ends: Sequence[float], place: int) -> float | None:
+    """When so many slots will have become free, if jobs that begin meanwhile take longer; None where nobody knows."""
+    return ends[place - 1] or None if place <= len(ends) else None
 
 
 def _unordered(value: Any) -> Any:

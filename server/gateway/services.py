@@ -14,6 +14,7 @@ from coserve.server.store.datadir import DataDirectory
 from coserve.server.store.store import Store
 from coserve.server.telemetry.metrics import Metrics
 from coserve.server.tenancy.authentication import Authenticator
+from coserve.server.tenancy.terms import Terms
 
 if TYPE_CHECKING:
     from coserve.server.gateway.adapter_service import AdapterService
@@ -38,6 +39,7 @@ class Services:
     adapters: AdapterService
     controller: JobController
     jobs: JobService
+    terms: Terms
     draining: bool = False
     started_at: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 

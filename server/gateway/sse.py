@@ -17,6 +17,13 @@ from coserve.server.gateway.disconnects import ClientGone, while_connected
 
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keepalive\n\n"
+
+
+def comment(text: str) -> bytes:
+    """A heartbeat that says something: clients skip it."""
+    return b": " + text.replace("\n", " ").encode("utf-8", "replace") + b"\n\n"
+
+
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # made once: half the cost
 
 

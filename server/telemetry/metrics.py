@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from coserve.server.telemetry.catalogue import ENGINE_COUNTERS, ENGINE_GAUGES, ITL_BUCKETS, TTFT_BUCKETS
-from coserve.server.wire.messages import EngineReady, Stats, Tokens
+from coserve.server.wire.messages import Stats, Tokens
 
 if TYPE_CHECKING:
     from coserve.server.gateway.engine_client import EngineClient
@@ -71,7 +71,7 @@ class Metrics:
         for slo_class, seconds in stats.ttft:
             self._ttft.labels(_known_class(slo_class)).observe(seconds)
 
-    def finished(self, generation: Generation, engine: EngineReady | None) -> None:
+    def finished(self, generation: Generation) -> None:
         """A generation ended, whichever way."""
         usage = generation.usage
         self._tokens.labels("prompt").inc(usage.prompt_tokens)
@@ -81,7 +81,7 @@ class Metrics:
         result = "failed" if generation.failed else "completed" if generation.done else "aborted"
         self._requests.labels(result).inc()
         if result != "aborted":  # a client that left was promised nothing more
-            self._attain(result == "completed" and engine is not None and _inside(generation, engine))
+            self._attain(result == "completed" and _inside(generation))
 
     def refused(self) -> None:
         """A request was turned away: a miss of the promise too."""
@@ -98,14 +98,15 @@ class Metrics:
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
-def _inside(generation: Generation, engine: EngineReady) -> bool:
+def _inside(generation: Generation) -> bool:
+    promise = generation.request.promise
     if generation.first_token_at is None or generation.last_token_at is None:
         return False
-    if generation.first_token_at - generation.arrived > engine.slo_ttft_seconds:
+    if generation.first_token_at - generation.arrived > promise.ttft:
         return False
     longest = max(choice.completion_tokens for choice in generation.choices)
     decoding = generation.last_token_at - generation.first_token_at
-    return longest < 2 or decoding / (longest - 1) <= engine.slo_itl_seconds
+    return longest < 2 or decoding / (longest - 1) <= promise.itl
 
 
 def _known_class(slo_class: str) -> str:

@@ -45,13 +45,12 @@ class TrainingJob:
     `params` are the master weights: float32, or float64 under a float64 model. They change in `finish_train` only.
     """
 
-    def __init__(self, parts: Opened, data_dir: Path, base_digest: str, base_model_name: str, weight: float,
+    def __init__(self, parts: Opened, data_dir: Path, base_digest: str, base_model_name: str,
                  on_event: OnEvent | None) -> None:  # fmt: skip
         self.spec = parts.spec
         self.job_id = parts.spec.job_id
         self.tenant = parts.spec.tenant
         self.priority = parts.spec.training.priority
-        self.weight = weight
         self.config = parts.config
         self.params = parts.params
         self.state = "running"
@@ -86,7 +85,6 @@ class TrainingJob:
         on_event: OnEvent | None = None,
         base_model_name: str = "base",
         vocab_size: int | None = None,
-        weight: float = 1.0,
     ) -> TrainingJob:
         """Begin the job in jobs/<job_id>/, or go on from its newest whole checkpoint.
 
@@ -96,7 +94,7 @@ class TrainingJob:
         folder = data_dir / "jobs" / job_id
         try:
             parts = open_parts(data_dir, job_id, sites, base_digest, device, compute_dtype, vocab_size)
-            job = cls(parts, data_dir, base_digest, base_model_name, weight, on_event)
+            job = cls(parts, data_dir, base_digest, base_model_name, on_event)
         except JobOver:
             raise
         except Exception as error:

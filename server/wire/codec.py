@@ -213,7 +213,9 @@ def _record(cls: type) -> Check:
     return build
 
 
-_NESTED = (messages.SamplingParams, messages.AdapterRef, messages.TokenLogprob)
+_NESTED = (
+    messages.SamplingParams, messages.AdapterRef, messages.TokenLogprob, messages.TenantShare, messages.QueuedRequest,
+)  # fmt: skip
 _MESSAGE_SET = frozenset(messages.MESSAGES)
 _VALUES = {cls: _values_getter(cls) for cls in (*messages.MESSAGES, *_NESTED)}
 _DECODERS = {cls.__name__: _record(cls) for cls in messages.MESSAGES}

@@ -42,6 +42,16 @@ class AdapterRef:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantShare:
+    """What a tenant may have of an engine: its weight among the others, and parts (0 … 1) of what all hold together."""
+
+    weight: float = 1.0
+    kv: float = 1.0  # of the K/V blocks, in use by its requests
+    prefix: float = 1.0  # of the K/V blocks, kept by the prefix cache beyond those in use
+    adapters: float = 1.0  # of the adapter pool's pages, in use by its requests
+
+
+@dataclass(frozen=True, slots=True)
 class Generate:
     """Start one sequence. A request with n choices is n of these."""
 
@@ -53,6 +63,9 @@ class Generate:
     salt: str  # tenant salt and the client's cache_salt: no prefix is shared across salts
     arrived: float
     slo_class: str = "interactive"  # or "batch"
+    ttft_seconds: float | None = None  # promised from arrival to the first token; None: the engine's promise
+    itl_seconds: float | None = None  # promised between two tokens; likewise
+    share: TenantShare = TenantShare()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +79,7 @@ class StartJob:
 
     job_id: str
     tenant: str
+    share: TenantShare = TenantShare()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +149,8 @@ class EngineReady:
     lora_sites: tuple[str, ...]  # names of the modules an adapter may target, without layer prefix ("q_proj", …)
     slo_itl_seconds: float
     slo_ttft_seconds: float
+    slo_batch_itl_seconds: float
+    slo_batch_ttft_seconds: float
     running_requests: tuple[str, ...] = ()
     running_jobs: tuple[str, ...] = ()
 
@@ -208,13 +224,24 @@ class Iterations:
 
 
 @dataclass(frozen=True, slots=True)
+class QueuedRequest:
+    """One sequence that waits in the engine."""
+
+    request_id: str
+    position: int  # 1: the next one
+    reason: str
+    wait_seconds: float | None  # expected; None: nothing to go by
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Sent about once a second, also when idle, and within 0.2 s of a change of the sequences or of their blocks: the
     heartbeat, and what /metrics shows of the engine.
 
     `counters` only grow, `gauges` are current values; names are those of the metric catalogue
     (server/telemetry), labels are written `name{key="value"}`. `itl` and `ttft` are the raw
-    samples, in seconds, since the last Stats, as (slo_class, seconds).
+    samples, in seconds, since the last Stats, as (slo_class, seconds). `queued` are the sequences that wait, in the
+    order in which they would be admitted now.
     """
 
     time: float
@@ -222,6 +249,7 @@ class Stats:
     gauges: dict[str, float]
     itl: tuple[tuple[str, float], ...] = ()
     ttft: tuple[tuple[str, float], ...] = ()
+    queued: tuple[QueuedRequest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

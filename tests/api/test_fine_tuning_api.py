@@ -16,7 +16,10 @@ KEYS = {
     "result_files", "trained_tokens", "error", "finished_at", "fine_tuned_model", "hyperparameters", "estimated_finish",
     "integrations", "metadata", "method",
 }  # fmt: skip
-PROGRESS = {"step", "total_steps", "tokens_per_second", "loss", "queue_position", "eta_seconds", "reason"}
+PROGRESS = {
+    "step", "total_steps", "tokens_per_second", "loss", "queue_position", "eta_seconds", "reason",
+    "expected_wait_seconds",
+}  # fmt: skip
 
 
 def test_the_object_has_every_key(tmp_path):

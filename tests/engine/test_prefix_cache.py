@@ -175,3 +175,30 @@ def test_sequences_that_grow_side_by_side_stay_in_runs():
             manager.grow(sequence, 1)
             manager.commit(sequence, "", [step])
     assert all(sequence.run_start(sequence.length) is not None for sequence in sequences)
+
+
+def test_a_tenants_share_of_the_cache_costs_its_own_oldest_blocks_first():
+    manager = BlockManager(16, SIZE)
+    manager.prefix_cache.limit("a", 2)
+
+    def run(tenant, first, blocks):
+        tokens = list(range(first, first + blocks * SIZE + 1))
+        sequence = manager.admit(tokens, tenant, "", owner=tenant)
+        found = sequence.cached_tokens // SIZE
+        manager.grow(sequence, len(tokens) - sequence.cached_tokens)
+        manager.commit(sequence, "", tokens[sequence.cached_tokens :])
+        manager.release(sequence)
+        manager.check([])
+        return found
+
+    assert run("b", 900, 3) == 0
+    assert run("a", 100, 1) == run("a", 200, 1) == 0
+    assert len(manager.prefix_cache) == 5
+    assert run("a", 300, 3) == 0, "three blocks while it ran, two of them kept"
+    assert len(manager.prefix_cache) == 5
+    assert run("a", 300, 3) == 2 and run("a", 100, 1) == 0, "the beginning of a prompt is kept longest"
+    assert run("b", 900, 3) == 3, "another tenant's blocks are all there"
+    manager.prefix_cache.limit("a", None)
+    assert run("a", 400, 4) == 0 and run("a", 400, 4) == 4
+    manager.prefix_cache.clear()
+    assert manager.free_blocks == 16 and len(manager.prefix_cache) == 0

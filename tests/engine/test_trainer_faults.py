@@ -26,6 +26,7 @@ from coserve.server.engine.prefix_cache import BlockManager
 from coserve.server.engine.requests import RequestBook
 from coserve.server.engine.runner import YIELDED, Runner
 from coserve.server.engine.shapes import layer_shapes
+from coserve.server.engine.shares import Shares
 from coserve.server.engine.trainer import Trainer
 from coserve.server.training.fault import OUT_OF_MEMORY, Fault
 
@@ -49,7 +50,9 @@ class Driver:
         model = engine_model("llama", torch.float32)
         self.pool = AdapterPool(2**22, 8 * model.hidden_size, torch.float32)
         values = {"model": "base", "data_dir": data_dir, "socket_path": "", "dtype": "float32", "train_window": 64}
-        self.trainer = Trainer(model, self.pool, EngineOptions(**{**values, **options}), DIGEST, "base")
+        self.trainer = Trainer(
+            model, self.pool, EngineOptions(**{**values, **options}), DIGEST, "base", Shares(4, 4), lambda _: 0.0
+        )
         self._blocks = BlockManager(4, 16)
         cache = KVCache(layer_shapes(model), 4, 16, torch.float32)
         requests = RequestBook(self._blocks, 1.0, 1.0)

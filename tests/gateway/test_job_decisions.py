@@ -7,7 +7,7 @@ import pytest
 
 from coserve.server.gateway.job_events import Pace, translate
 from coserve.server.gateway.job_log import read_after
-from coserve.server.gateway.job_queue import Waiting, to_start
+from coserve.server.gateway.job_queue import Waiting, in_turns, to_start
 from coserve.server.gateway.job_spec import (
     engine_spec,
     fine_tuned_model_id,
@@ -92,6 +92,17 @@ def waiting(*jobs):
 def test_first_come_first_served_up_to_the_bound():
     assert to_start(waiting(("a", 0), ("b", 0), ("c", 0)), {}, 2) == ["a", "b"]
     assert to_start(waiting(("a", 0)), {"x": 0, "y": 0}, 2) == []
+
+
+def test_slots_go_to_the_tenant_with_fewest_jobs_running():
+    queue = [Waiting(name, 0, name[0]) for name in ("a1", "a2", "a3", "b1", "c1", "b2")]
+
+    def order(**running):
+        return [job.job_id for job in in_turns(queue, running)]
+
+    assert order() == ["a1", "b1", "c1", "a2", "b2", "a3"]
+    assert order(a=2, b=1) == ["c1", "b1", "a1", "b2", "a2", "a3"]
+    assert [job.job_id for job in in_turns(queue[:3], {"a": 5})] == ["a1", "a2", "a3"]
 
 
 def test_suspects_start_one_at_a_time_the_least_suspected_first():

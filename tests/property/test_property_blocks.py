@@ -19,6 +19,7 @@ class Blocks(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.manager = BlockManager(BLOCKS, SIZE)
+        self.manager.prefix_cache.limit("a", 3)
         self.live = []  # (sequence, salt, version, tokens)
         self.content = [None] * (BLOCKS * SIZE)
 
@@ -27,7 +28,7 @@ class Blocks(RuleBasedStateMachine):
         salt=st.sampled_from("ab"), version=st.sampled_from(["", "v"]), expected=st.integers(0, 60),
     )  # fmt: skip
     def admit(self, tokens, salt, version, expected):
-        sequence = self.manager.admit(tokens, salt, version, expected_tokens=expected)
+        sequence = self.manager.admit(tokens, salt, version, expected_tokens=expected, owner=salt)
         assert sequence.cached_tokens < len(tokens)
         for position, slot in enumerate(sequence.slots(0, sequence.cached_tokens)):
             assert self.content[slot] == (salt, version, tuple(tokens[: position + 1]))
@@ -69,6 +70,12 @@ class Blocks(RuleBasedStateMachine):
         self.manager.check(sequence for sequence, *_ in self.live)
         held = {block for sequence, *_ in self.live for block in sequence.blocks}
         assert self.manager.free_blocks == BLOCKS - len(held)
+
+    @invariant()
+    def an_owners_idle_blocks_stay_inside_its_limit(self):
+        held = {block for sequence, *_ in self.live for block in sequence.blocks}
+        cache = self.manager.prefix_cache
+        assert sum(cache._owners.get(block) == "a" and block not in held for block in cache.blocks) <= 3
 
     @invariant()
     def running_sequences_keep_their_content(self):

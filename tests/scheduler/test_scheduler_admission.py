@@ -4,63 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from scheduler_states import chunks, prompt, request, state, stream
+
 from coserve.scheduler import Scheduler, SchedulerConfig
-from coserve.scheduler.state import Plan, Prefill, RequestState, SchedulerState
-
-
-def request(name: str, **changes: object) -> RequestState:
-    """A waiting interactive prompt of 20 tokens without an adapter."""
-    base = RequestState(
-        request_id=name,
-        tenant="t",
-        weight=1.0,
-        slo_class="interactive",
-        arrived=float(name.lstrip("abcdefghijklmnopqrstuvwxyz") or 0),
-        total_tokens=20,
-        computed_tokens=0,
-        output_tokens=0,
-        blocks_held=0,
-        adapter=None,
-        adapter_ready=True,
-        ttft_deadline=1e9,
-        itl_deadline=None,
-        running=False,
-    )
-    return replace(base, **changes)
-
-
-def stream(name: str, tokens: int = 20, blocks: int | None = None, **changes: object) -> RequestState:
-    """A running stream in decode that holds blocks of 16 for what it has computed."""
-    held = -(-(tokens - 1) // 16) if blocks is None else blocks
-    return replace(
-        request(name),
-        total_tokens=tokens,
-        computed_tokens=tokens - 1,
-        output_tokens=3,
-        blocks_held=held,
-        running=True,
-        itl_deadline=1e9,
-        **changes,
-    )
-
-
-def prompt(name: str, computed: int, total: int, blocks: int, **changes: object) -> RequestState:
-    """A running prompt, partly computed."""
-    return replace(
-        request(name), computed_tokens=computed, total_tokens=total, blocks_held=blocks, running=True, **changes
-    )
-
-
-def state(*requests: RequestState, free: int = 100, now: float = 100.0, running: int = 8, adapters: int = 2):
-    return SchedulerState(now, requests, (), free, 16, running, adapters)
+from coserve.scheduler.state import Plan, Prefill, RequestState
 
 
 def plan(*args: RequestState, **kwargs: object) -> Plan:
     return Scheduler(SchedulerConfig(itl_seconds=1e6)).plan(state(*args, **kwargs))
-
-
-def chunks(made: Plan) -> dict[str, int]:
-    return {p.request_id: p.tokens for p in made.prefills}
 
 
 def test_all_running_streams_decode_whatever_the_budget_says() -> None:

@@ -68,13 +68,31 @@ def test_costs_are_the_models_own() -> None:
         assert upper <= model.margins.boost * whole + deviation + 1e-12, "a part takes no longer than the whole"
 
 
-def test_what_fits_is_the_most_that_does() -> None:
-    costs, draw = Costs(taught().model), random.Random(2)
-    costs.know("slice", range(1, 300))
-    for _ in range(200):
-        rows, todo, left = draw.randint(1, 299), draw.randint(1, 32), draw.uniform(0.0, 0.4)
-        found = costs.layers_that_fit(rows, todo, 32, left, 1)
-        assert found == sum(costs.slice(rows, n, 32)[1] <= left for n in range(1, todo + 1))
+def test_what_is_found_is_the_largest_that_fits() -> None:
+    """Against trying everything."""
+    model, draw = taught().model, random.Random(2)
+    sweep, load = Sweep(0, 4096, 100, window=512).state(), ForwardLoad(4, 400, logit_rows=4)
+    for _ in range(60):
+        costs, left, before = Costs(model), draw.uniform(0.0, 0.3), draw.randint(1, 4000)
+        sizes = sorted({draw.randint(1, 600) for _ in range(9)}, reverse=True)
+        which, todo = draw.randint(0, 1), draw.randint(1, 32)
+        backward = costs.largest_backward(sizes, before, sizes[0], left, which)
+        fitting = [n for n in sizes if costs.backward(n, before - n, sizes[0])[which] <= left]
+        assert (backward and backward[0]) == (fitting[0] if fitting else None)
+        ride = costs.largest_ride(load, sweep, before, sizes, left, which)
+        fitting = [n for n in sizes if costs.ride(load, sweep, before, n)[which] <= left]
+        assert (ride and ride[0]) == (fitting[0] if fitting else None)
+        piece = costs.largest_slice(sizes, todo, 32, left, which)
+        moved = [n * sum(costs.slice(n, k, 32)[which] <= left for k in range(1, todo + 1)) for n in sizes]
+        assert (piece[0] * piece[1] if piece else 0) == max(moved)
+
+
+def test_a_decode_step_by_its_streams_is_the_models_own() -> None:
+    model = taught().model
+    seconds = Costs(model).decoding(context=300)
+    for n in (1, 2, 3, 7, 16, 17, 100, 1000, 3000, 4096):
+        load = ForwardLoad(decode_rows=n, decode_context=300 * n, logit_rows=n)
+        assert seconds(n) == pytest.approx(model.part(base_vector(load))[0])
 
 
 def test_a_margin_leaves_training_its_part_of_the_room() -> None:

@@ -5,30 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from scheduler_states import sweep
 from scheduler_world import Stream, Sweep, World
 
 from coserve.scheduler import Scheduler, SchedulerConfig
-from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Plan, Ride, SweepJob, SweepState, Unit
-
-
-def sweep(number: int = 0, **changes: object) -> SweepState:
-    base = SweepState(
-        sweep_id=number,
-        jobs=(SweepJob(f"j{number}", "t", 1.0, "normal"),),
-        layers=4,
-        stream_tokens=200,
-        window=64,
-        forward_tokens=0,
-        partial_tokens=0,
-        partial_layer=0,
-        head_rows_ready=0,
-        head_rows_left=150,
-        head_steps=32,
-        backward=True,
-        backward_layer=3,
-        backward_tokens=0,
-    )
-    return replace(base, **changes)
+from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Plan, Ride, Unit
 
 
 def warmed(world: World, config: SchedulerConfig, rounds: int = 150) -> Scheduler:

@@ -154,8 +154,8 @@ class ScriptedEngine:
         self.connections += 1
         if not self._silent:
             writer.write(encode(EngineReady(
-                self.pid, self.base_digest, "llama", "float32", "cpu", 512, 256, 64, 16, SITES, 0.05, 1.0, (),
-                self.running_jobs,
+                self.pid, self.base_digest, "llama", "float32", "cpu", 512, 256, 64, 16, SITES, 0.05, 1.0,
+                0.2, 10.0, (), self.running_jobs,
             )))  # fmt: skip
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:

@@ -25,6 +25,7 @@ from coserve.server.engine.prefix_cache import BlockManager
 from coserve.server.engine.requests import RequestBook
 from coserve.server.engine.runner import Runner
 from coserve.server.engine.shapes import layer_shapes
+from coserve.server.engine.shares import Shares
 from coserve.server.engine.stats import StatsClock
 from coserve.server.engine.trainer import Trainer
 from coserve.server.training.peft.folder import read_folder, version_digest
@@ -61,20 +62,23 @@ class SteppedEngine:
         self.adapters = AdapterBook(self.pool, loader, data_dir)
         self.requests = RequestBook(BlockManager(blocks, 16), 1.0, 1.0)
         values = {"model": "base", "data_dir": data_dir, "socket_path": "", "dtype": "float32", **options}
-        self.trainer = Trainer(model, self.pool, EngineOptions(**values), DIGEST, "base")
+        scheduler = Scheduler(SchedulerConfig(itl_seconds=itl))
+        shares = Shares(blocks, self.pool.num_pages)
+        self.trainer = Trainer(
+            model, self.pool, EngineOptions(**values), DIGEST, "base", shares, served=scheduler.share.served
+        )
         iterations = IterationLog(0)
         checks = FolderCheck(data_dir, model.sites, DIGEST, lambda weights: too_large(weights, self.pool))
         self.intake = Intake(
-            self.socket, lambda: None, self.requests, self.adapters, self.trainer, checks, iterations, 512
+            self.socket, lambda: None, self.requests, self.adapters, self.trainer, checks, iterations, 512, shares
         )
         cache = KVCache(layer_shapes(model), blocks, 16, torch.float32, device, scratch=model.backend.captures)
         graphs = None if graphs_of is None else graphs_of(model, cache, self.pool)
-        stats = StatsClock(self.socket, self.requests, self.trainer, self.pool, iterations, dict)
+        stats = StatsClock(self.socket, self.requests, self.trainer, self.pool, iterations, dict, scheduler.queue)
         self.engine = Engine(
-            self.socket, self.intake, self.requests, self.adapters, self.trainer,
-            Scheduler(SchedulerConfig(itl_seconds=itl)),
+            self.socket, self.intake, self.requests, self.adapters, self.trainer, scheduler,
             Runner(model, cache, self.requests, self.adapters, graphs=graphs),
-            iterations, stats, max_running=64, beat=lambda: None,
+            iterations, stats, shares=shares, max_running=64, beat=lambda: None,
             max_adapters=lambda: self.adapters.capacity(r.version for r in self.requests),
         )  # fmt: skip
 

@@ -1,0 +1,88 @@
+"""What a tenant may have: its weight, its promises and its shares, as the operator's settings say. Pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from coserve.server.wire.messages import EngineReady, TenantShare
+
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Part = Annotated[float, Field(gt=0, le=1)]
+
+# OpenAI's tiers, and the scheduler's class of each.
+TIERS: Mapping[str, str] = {
+    "auto": "interactive", "default": "interactive", "priority": "interactive", "scale": "interactive", "flex": "batch",
+}  # fmt: skip
+
+
+class TenantTerms(BaseModel):
+    """One tenant's entry of the setting `tenants`; what it leaves out is as for every tenant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    ttft_ms: Milliseconds | None = None
+    itl_ms: Milliseconds | None = None
+    batch_ttft_ms: Milliseconds | None = None
+    batch_itl_ms: Milliseconds | None = None
+    kv_share: Part | None = None
+    prefix_share: Part | None = None
+    adapter_share: Part | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """Seconds that a request is promised."""
+
+    slo_class: str  # "interactive" | "batch"
+    ttft: float
+    itl: float
+
+
+class TooTight(ValueError):
+    """A request asked for more than its tenant is promised."""
+
+    def __init__(self, field: str, asked: float, least: float) -> None:
+        super().__init__(f"{asked:g} ms is asked for and {least:g} ms is promised at best")
+        self.field, self.asked, self.least = field, asked, least
+
+
+class Terms:
+    """All tenants' terms. `parts`: of K/V blocks, prefix cache and adapter pages, of who has none of its own."""
+
+    def __init__(self, tenants: Mapping[str, TenantTerms], parts: tuple[float, float, float]) -> None:
+        self._tenants, self._parts = dict(tenants), parts
+
+    def share(self, tenant_name: str) -> TenantShare:
+        own = self._tenants.get(tenant_name, TenantTerms())
+        given = (own.kv_share, own.prefix_share, own.adapter_share)
+        parts = [all_ if one is None else one for one, all_ in zip(given, self._parts, strict=True)]
+        return TenantShare(own.weight, *parts)
+
+    def promise(
+        self, tenant_name: str, engine: EngineReady, slo_class: str, ttft_ms: float | None, itl_ms: float | None
+    ) -> Promise:
+        """What a request of the tenant is promised that asks for these milliseconds. Raises TooTight."""
+        own = self._tenants.get(tenant_name, TenantTerms())
+        if slo_class == "batch":
+            best = (
+                own.batch_ttft_ms or 1e3 * engine.slo_batch_ttft_seconds,
+                own.batch_itl_ms or 1e3 * engine.slo_batch_itl_seconds,
+            )
+        else:
+            best = own.ttft_ms or 1e3 * engine.slo_ttft_seconds, own.itl_ms or 1e3 * engine.slo_itl_seconds
+        ttft = _within("ttft_ms", ttft_ms, best[0])
+        return Promise(slo_class, ttft / 1e3, _within("itl_ms", itl_ms, best[1]) / 1e3)
+
+
+def _within(field: str, asked: float | None, best: float) -> float:
+    """`asked`, or the best there is. A part of a millisecond is forgiven: clients repeat rounded figures."""
+    if asked is None:
+        return best
+    if asked < best - 1.0:
+        raise TooTight(field, asked, best)
+    return max(asked, best)

@@ -66,6 +66,8 @@ class Switch:
         makers = policies(config)
         self._rules = {name: makers[name]() for name in (OURS, ALONE, *RIVALS)}
         self.current: str | None = None
+        # One tenant sends everything here, so whose books of it the engine reads does not matter.
+        self.share, self.queue = self._rules[OURS].share, self._rules[OURS].queue
 
     def plan(self, state: Any) -> Any:
         return self._rules[self.current or OURS].plan(state)

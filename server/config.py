@@ -90,6 +90,7 @@ class Settings(BaseModel):
     slo_batch_itl_ms: float | None = Field(default=None, gt=0, description="the second one, of batch requests")
     train_window: int | None = Field(default=None, ge=1, description="most tokens of a training window")
     activations: Literal["auto", "save", "recompute"] = "auto"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
 
     tenants: Annotated[dict[str, TenantTerms], BeforeValidator(parse_object)] = Field(default={}, max_length=100_000)
     tenant_kv_share: float = Field(default=1.0, gt=0, le=1)

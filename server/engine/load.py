@@ -91,7 +91,7 @@ def _backend(folder: Path, config: Any, options: EngineOptions) -> Backend:
     if backend.largest_head is not None and head > backend.largest_head:
         raise ModelRefused(
             f"{folder}: its attention heads have {head} values and the kernels take at most {backend.largest_head}; "
-            "serve it on a CPU (--device cpu), or choose another model"
+            "set COSERVE_KERNELS=torch, which is slower, or choose another model"
         )
     return backend
 

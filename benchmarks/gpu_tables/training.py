@@ -27,6 +27,7 @@ from gpu_tables.stand import Stand
 
 RANK = 16
 FORWARDS = {"coserve, save": 1, "coserve, recompute": 2, "PEFT": 1, "PEFT, checkpointing": 2}
+_MOST_TURNS = 200  # of the engine, that are taken apart: more than any step needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +137,10 @@ def _coserve(bench: Bench, size: Size, length: int, policy: str) -> Found:
 
 
 def _one_step(stand: Stand) -> None:
-    """From the end of an optimizer step to the end of the next."""
-    done = stand.steps["alone"]
-    stand.until(lambda: stand.steps["alone"] > done)
+    """From the end of an optimizer step to the end of the next, or so many turns of the engine: the profiler keeps
+    every event of them."""
+    done, turns = stand.steps["alone"], itertools.count(1)
+    stand.until(lambda: stand.steps["alone"] > done or next(turns) > _MOST_TURNS)
 
 
 def _peft(

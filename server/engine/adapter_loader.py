@@ -19,17 +19,13 @@ from coserve.server.engine.host_image import Weights, weights_bytes
 class AdapterLoader:
     """One reading thread. All methods are for one caller, the iteration loop."""
 
-    def __init__(
-        self, read: Callable[[Path], Weights], cache_bytes: int, wake: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, read: Callable[[Path], Weights], cache_bytes: int) -> None:
         """
         Args:
             read: parses a folder; whatever it raises is delivered in the adapter's place.
             cache_bytes: how much the host-side cache may hold.
-            wake: called from the thread when something is ready for `poll`.
         """
         self._read = read
-        self._wake = wake
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
         self._cache: OrderedDict[str, Weights] = OrderedDict()  # least recently used first
@@ -43,6 +39,11 @@ class AdapterLoader:
     @property
     def cached_bytes(self) -> int:
         return self._cached_bytes
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything was requested and not yet delivered by `poll`."""
+        return bool(self._under_way)
 
     def pending(self, digest: str) -> bool:
         """Whether this adapter was requested and not yet delivered by `poll`."""
@@ -102,5 +103,3 @@ class AdapterLoader:
             except Exception as error:  # noqa: BLE001 - a folder of any kind of damage must not end the thread
                 result = error
             self._results.put((digest, result))
-            if self._wake is not None:
-                self._wake()

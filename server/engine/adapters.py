@@ -32,11 +32,17 @@ class AdapterBook:
         self._resident: dict[str, PooledAdapter] = {}  # one object a version: its neighbouring rows share a product
         self._arrived: dict[str, Weights] = {}  # read from disk, waiting for room
         self._reserved: set[str] = set()
+        self._placed = False  # whether the last tick put a version into the pool
         self.pins = Pins(pool)
 
     def close(self) -> None:
         """End the loads; called once, when the engine drains."""
         self._loader.close()
+
+    @property
+    def moving(self) -> bool:
+        """Whether a version is on its way, or has just come: who waits for it should ask again soon."""
+        return self._placed or self._loader.busy or self.pool.arriving
 
     def ready(self, ref: AdapterRef | None) -> bool:
         """Whether its rows may run now."""
@@ -84,6 +90,7 @@ class AdapterBook:
         Returns the versions that cannot be served, by digest.
         """
         failed: dict[str, Fault] = {}
+        self._placed = False
         for digest, result in self._loader.poll():
             if isinstance(result, Exception):
                 failed[digest] = _load_fault(digest, result)
@@ -113,6 +120,7 @@ class AdapterBook:
                 if fault is not None:
                     failed[digest] = fault
                     continue
+                self._placed = True
             keep.add(digest)
             if digest not in self._reserved:
                 self._reserved.add(digest)

@@ -50,7 +50,7 @@ class Engine:
         """Until drained."""
         while not self._intake.drained:
             if not self.step():
-                soon = self._trainer.busy or self._adapters.pool.arriving
+                soon = self._trainer.busy or self._adapters.moving
                 self._socket.wait(_SIDE_SECONDS if soon else _IDLE_SECONDS)
 
     def step(self) -> bool:

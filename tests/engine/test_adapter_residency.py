@@ -160,3 +160,18 @@ def test_requests_of_pinned_adapters_run_together(tmp_path):
     assert engine.adapters.capacity() == 2, "the pins that nobody uses"
     assert engine.adapters.capacity([refs[0].digest]) == 3
     assert engine.adapters.capacity([ref.digest for ref in refs]) == 4
+
+
+def test_an_idle_engine_asks_again_soon_while_an_adapter_comes(tmp_path):
+    """The loop sleeps for as long as it may between two turns without work, so each turn must say that news is near."""
+    save_adapter(tmp_path / "a", "llama", 4, seed=1)
+    engine = SteppedEngine(tmp_path)
+    engine.submit("r", prompt(10, 1), engine.ref("a"))
+    turns = []
+    while not engine.tokens("r"):
+        if not engine.engine.step():
+            turns.append(engine.adapters.moving)
+    assert turns and all(turns)
+    engine.until(lambda: engine.requests.get("r") is None)
+    engine.engine.step()
+    assert not engine.adapters.moving

@@ -118,8 +118,13 @@ class Scheduler:
         features = plan_features(plan, state)
         trained = self._trained_seconds(plan, state, features, seconds)
         self.model.observe(features, seconds, parts)
-        self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
-        self.share.charge(device_cost(plan, state, seconds, trained, self.model))
+        self._settle(plan, state, seconds, trained)
+
+    def account(self, plan: Plan, state: SchedulerState, seconds: float) -> None:
+        """Charge `seconds` to whom `plan` served, and learn nothing: something of it did not run as planned."""
+        if not plan.empty:
+            features = plan_features(plan, state)
+            self._settle(plan, state, seconds, self._trained_seconds(plan, state, features, seconds))
 
     def queue(self, state: SchedulerState) -> tuple[Queued, ...]:
         """Who waits, in the order in which they would be admitted now, why, and for how long still. Changes nothing."""
@@ -134,6 +139,10 @@ class Scheduler:
         promise = self.config.itl_seconds
         least = largest_crowd(seconds, self.config.crowd_share * promise)
         return Crowd(least, largest_crowd(seconds, promise), self.share.parts(least))
+
+    def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
+        self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
+        self.share.charge(device_cost(plan, state, seconds, trained, self.model))
 
     def _budget(self, state: SchedulerState, admission: Admission) -> float:
         due = [r.itl_deadline for r in admission.decodes if r.itl_deadline is not None]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from coserve.server.wire.messages import EngineReady, TenantShare
 
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Part = Annotated[float, Field(gt=0, le=1)]
+Part = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 # OpenAI's tiers, and the scheduler's class of each.
 TIERS: Mapping[str, str] = {
@@ -24,7 +24,7 @@ class TenantTerms(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    weight: Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)] = 1.0
     ttft_ms: Milliseconds | None = None
     itl_ms: Milliseconds | None = None
     batch_ttft_ms: Milliseconds | None = None

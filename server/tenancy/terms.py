@@ -68,13 +68,13 @@ class Terms:
     ) -> Promise:
         """What a request of the tenant is promised that asks for these milliseconds. Raises TooTight."""
         own = self._tenants.get(tenant_name, TenantTerms())
+        best = own.ttft_ms or 1e3 * engine.slo_ttft_seconds, own.itl_ms or 1e3 * engine.slo_itl_seconds
         if slo_class == "batch":
+            # Unless the tenant's entry says so, no batch request is promised more than an interactive one.
             best = (
-                own.batch_ttft_ms or 1e3 * engine.slo_batch_ttft_seconds,
-                own.batch_itl_ms or 1e3 * engine.slo_batch_itl_seconds,
+                own.batch_ttft_ms or max(1e3 * engine.slo_batch_ttft_seconds, best[0]),
+                own.batch_itl_ms or max(1e3 * engine.slo_batch_itl_seconds, best[1]),
             )
-        else:
-            best = own.ttft_ms or 1e3 * engine.slo_ttft_seconds, own.itl_ms or 1e3 * engine.slo_itl_seconds
         ttft = _within("ttft_ms", ttft_ms, best[0])
         return Promise(slo_class, ttft / 1e3, _within("itl_ms", itl_ms, best[1]) / 1e3)
 

@@ -90,6 +90,7 @@ class Settings(BaseModel):
     slo_itl_ms: Milliseconds | None = Field(default=None, description="promise between tokens")
     slo_batch_ttft_ms: Milliseconds | None = Field(default=None, description="the first one, of batch requests")
     slo_batch_itl_ms: Milliseconds | None = Field(default=None, description="the second one, of batch requests")
+    floor_share: float = Field(default=0.02, ge=0, le=0.9, allow_inf_nan=False, description="training's least part")
     train_window: int | None = Field(default=None, ge=1, description="most tokens of a training window")
     activations: Literal["auto", "save", "recompute"] = "auto"
 

@@ -21,7 +21,9 @@ share keeps back its own tenant only.
 Adapters. A waiting request whose adapter is not on the device, or whose adapter would be one too many, is passed over
 and blocks nobody, until it has been kept out *by residency* for `drain_after` seconds: from then on the first such
 request claims a place, and nothing behind it is admitted unless both fit. Running requests of other adapters drain
-away and the claim is served. One that its tenant's share of the pages keeps out holds back its tenant after that time.
+away and the claim is served. An adapter that is larger than others may have a place and no room: then nothing behind it
+with another adapter is admitted until it is there. One that its tenant's share of the pages keeps out holds back its
+tenant after that time.
 """
 
 from __future__ import annotations
@@ -135,6 +137,7 @@ class _Queue:
         self._left = config.max_chunk
         self._was_blocked = blocked_since
         self._claim: str | None = None  # an adapter that has waited for a place for too long
+        self._claims_room = False  # it has a place, and those in use leave too little room for it
         self.room = room
         self.chunks: list[Candidate] = []
         self.unservable: list[str] = []
@@ -207,20 +210,24 @@ class _Queue:
         if r.adapter is None:
             return True
         has_pages = self.room.has_pages(r)
-        # An idle device waits for nobody's load.
-        has_place = self.room.has_place(r.adapter, None if idle else self._claim)
+        if self._claims_room and r.adapter != self._claim:
+            has_place = False
+        else:  # an idle device waits for nobody's load
+            has_place = self.room.has_place(r.adapter, None if idle else self._claim)
         # Once kept out by residency a request stays a claimant while its adapter loads; else the place that was drained
         # for it would go to the next request of a resident adapter.
-        if not (has_pages and has_place) or (not r.adapter_ready and r.request_id in self._was_blocked):
+        loads_again = not r.adapter_ready and r.request_id in self._was_blocked
+        if not (has_pages and has_place) or r.adapter_kept_out or loads_again:
             since = blocked[r.request_id] = self._was_blocked.get(r.request_id, self._state.now)
             if self._state.now - since >= self._config.drain_after:
                 if not has_pages:
                     self._lineup.shut(r.tenant)
                 elif self._claim is None:
-                    self._claim = r.adapter
+                    self._claim, self._claims_room = r.adapter, r.adapter_kept_out
         if has_pages and has_place and r.adapter_ready:
             return True
-        self.kept_back[r.request_id] = PAGES if not has_pages else RESIDENCY if not has_place else LOADING
+        full = not has_place or r.adapter_kept_out
+        self.kept_back[r.request_id] = PAGES if not has_pages else RESIDENCY if full else LOADING
         return False
 
     def _remember(self, blocked: dict[str, float]) -> None:

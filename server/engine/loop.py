@@ -96,7 +96,7 @@ class Engine:
         message = request.message
         return self._requests.state(
             request, self._shares.weight(message.tenant), self._adapters.ready(message.adapter),
-            self._adapters.pages(message.adapter),
+            self._adapters.pages(message.adapter), self._adapters.kept_out(message.adapter),
         )  # fmt: skip
 
     def _prepare(self, plan: Plan) -> None:

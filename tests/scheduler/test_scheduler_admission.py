@@ -121,6 +121,18 @@ def test_a_long_blocked_adapter_drains_the_pool() -> None:
     assert chunks(made) == {"w3": 20, "w4": 20, "w5": 20}
 
 
+def test_an_adapter_that_has_a_place_and_no_room_drains_the_pool() -> None:
+    scheduler = Scheduler(SchedulerConfig(itl_seconds=1e6, drain_after=1.0))
+    busy = [stream("s1", adapter="a"), request("w2", adapter="large", adapter_ready=False, adapter_kept_out=True)]
+    newer = [request("w3", adapter="a"), request("w4", adapter="b"), request("w5")]
+    assert chunks(scheduler.plan(state(*busy, *newer, now=100.0, adapters=9))) == {"w3": 20, "w4": 20, "w5": 20}
+    later = state(*busy, *newer, now=101.5, adapters=9)
+    assert chunks(scheduler.plan(later)) == {"w5": 20}, "only the base passes while the pool drains"
+    assert "those in use" in scheduler.queue(later)[0].reason
+    there = replace(busy[1], adapter_ready=True, adapter_kept_out=False)
+    assert chunks(scheduler.plan(state(there, *newer, now=101.6, adapters=9))).keys() == {"w2", "w3", "w4", "w5"}
+
+
 def test_a_chunk_keeps_running_streams_inside_their_budget_and_goes_on_over_it_only_when_late() -> None:
     scheduler = Scheduler(SchedulerConfig(itl_seconds=0.3))
     sample = state(*(stream(f"s{i}") for i in range(4)), prompt("p9", 0, 1000, blocks=80))

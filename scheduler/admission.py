@@ -28,7 +28,7 @@ tenant after that time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -106,8 +106,16 @@ class AdmissionPolicy:
 
     def reason(self, request: RequestState) -> str:
         """Why a waiting request was not admitted the last time."""
-        kept_back = self.kept_back.get(request.request_id) or self.kept_back.get(request.tenant)
-        return kept_back or self.closed_by
+        return self._kept_back(request) or self.closed_by
+
+    def behind(self, state: SchedulerState) -> Iterator[RequestState]:
+        """Prompts that nothing but those before them kept back the last time."""
+        if self.closed_by != TURN:
+            return iter(())
+        return (r for r in state.requests if not r.running and not self._kept_back(r))
+
+    def _kept_back(self, request: RequestState) -> str | None:
+        return self.kept_back.get(request.request_id) or self.kept_back.get(request.tenant)
 
     def _break_deadlock(
         self, queue: _Queue, alive: list[RequestState], preempted: list[str], unservable: list[str]
@@ -177,7 +185,7 @@ class _Queue:
                 self._lineup.shut(r.tenant)
                 continue
             if self._left <= 0 or places <= 0 or need > (self.room.free if idle else spare):
-                self.closed_by = TURN if self._left <= 0 else PLACES if places <= 0 else BLOCKS
+                self.closed_by = PLACES if places <= 0 else TURN if self._left <= 0 else BLOCKS
                 break
             places -= 1
             spare -= need

@@ -75,7 +75,8 @@ class Scheduler:
             logit_rows=len(admission.decodes),
             adapters=len(adapters),
         )
-        tokens = self._chunks.tokens(state.now, admission.candidates, decode_load, adapters, budget, costs)
+        behind = self._admission.behind(state)
+        tokens = self._chunks.tokens(state.now, admission.candidates, decode_load, adapters, budget, costs, behind)
         load = with_chunks(decode_load, admission.candidates, tokens, adapters)
         serving = costs.serving(load)
         slack = first_token_slack(state.now, admission.candidates, tokens, serving[1])

@@ -32,11 +32,8 @@ class AdapterBook:
         self._resident: dict[str, PooledAdapter] = {}  # one object a version: its neighbouring rows share a product
         self._arrived: dict[str, Weights] = {}  # read from disk, waiting for room
         self._reserved: set[str] = set()
-<<<<<<< HEAD
         self._placed = False  # whether the last tick put a version into the pool
-=======
         self._kept_out: str | None = None  # the first that has arrived and waits for what others in use hold
->>>>>>> fixes-docs
         self.pins = Pins(pool)
 
     def close(self) -> None:

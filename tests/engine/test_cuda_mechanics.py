@@ -55,6 +55,19 @@ def test_tokens_with_graphs_are_those_without(engine, tmp_path):
     assert replays and all(replay is not None for replay in replays.values())
 
 
+def test_a_pass_that_waits_is_not_captured_and_nothing_else_is_lost(engine, monkeypatch):
+    from coserve.server.engine.decode_graphs import StaticDecode
+
+    run = StaticDecode.run
+    monkeypatch.setattr(StaticDecode, "run", lambda static: (static._ids.sum().item(), run(static))[1])
+    here = torch.cuda.current_stream()
+    engine.submit("x", prompt(9, 1), engine.ref("a"), max_tokens=4)
+    engine.until(lambda: not len(engine.requests), seconds=120)
+    assert len(engine.tokens("x")) == 4
+    assert set(engine.engine._runner._graphs._replays.values()) == {None}
+    assert torch.cuda.current_stream() == here and torch.cuda.get_sync_debug_mode() == 0
+
+
 def test_an_adapter_is_written_beside_the_iterations(engine):
     assert engine.pool._side is not None
     engine.submit("x", prompt(9, 1), engine.ref("a"), max_tokens=2)

@@ -149,7 +149,8 @@ class Runner:
         self, runs: list[RowRun], ids: list[int], parts: list[SweepPart]
     ) -> tuple[Tensor, Tensor | None]:
         """Output of the last layer [rows, H], and the logits [rows, V] where they came with it."""
-        if self._graphs is not None and not parts:
+        # What a graph says lies where the next replay says it: one an iteration, which is read at the end.
+        if self._graphs is not None and not parts and not self._pending:
             known = self._graphs.run(runs, ids)
             if known is not None:
                 return known

@@ -22,6 +22,10 @@ _MOST_SPLITS = 8
 _PROGRAMS = 128  # a Hopper card has 132 multiprocessors: with fewer programs than that, a long sum is split
 _BLOCK_K = 128
 _BLOCK_N = 128
+# Views of one packed copy, and what changes with a batch: Triton would compile a kernel for each alignment of theirs.
+_ROUTING = ["rows", "blocks", "row_count"]
+_PAGES = ["numbers", "index", "scaling", "columns", "adapters", "max_rank"]
+_CHUNKS = ["hidden", "rows", "chunks", "chunk_starts", "index", "scaling", "row_count", "max_rank", "offset", "width"]
 
 # ---------------------------------------------------------------------- device functions
 
@@ -78,7 +82,7 @@ def _dot(left, right, total, WIDEN: tl.constexpr):
 # ---------------------------------------------------------------------- kernels
 
 
-@triton.jit(do_not_specialize=["row_count", "adapters", "max_rank"])
+@triton.jit(do_not_specialize=_ROUTING + _PAGES)
 def _shrink(
     out, x, rows, blocks, flat, numbers, index, columns,
     x_stride, row_count, adapters, max_rank, page_elements,
@@ -121,7 +125,7 @@ def _shrink(
         tl.store(to, total, mask=(m < length)[:, None] & (r < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["row_count", "adapters", "max_rank"])
+@triton.jit(do_not_specialize=_ROUTING + _PAGES)
 def _expand(
     y, hidden, rows, blocks, flat, numbers, index, scaling, columns,
     y_stride, row_count, adapters, max_rank, page_elements,
@@ -169,7 +173,7 @@ def _expand(
             tl.store(to, total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["row_count", "max_rank", "offset", "width"])
+@triton.jit(do_not_specialize=_CHUNKS)
 def _weight_grad(
     out, hidden, right, rows, chunks, index,
     right_stride, row_count, max_rank, offset, width,
@@ -196,7 +200,7 @@ def _weight_grad(
         tl.store(to, total, mask=(r < rank)[:, None] & (n < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["max_rank", "width"])
+@triton.jit(do_not_specialize=_CHUNKS)
 def _add_chunks(
     out, parts, chunk_starts, index, scaling, max_rank, width, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip

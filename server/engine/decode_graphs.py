@@ -115,6 +115,11 @@ class DecodeGraphs:
         self._passes: dict[DecodeShape, StaticDecode] = {}
         self._replays: dict[DecodeShape, Callable[[], tuple[Tensor, Tensor]] | None] = {}
 
+    @property
+    def shapes(self) -> int:
+        """How many were met so far, whether they could be captured or not."""
+        return len(self._replays)
+
     def run(self, runs: Sequence[RowRun], ids: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Output of the last layer [rows, H] and logits [rows, V] of runs of one row each; None: not in this way.
 

@@ -66,7 +66,7 @@ class Engine:
         started, clock = time.time(), time.perf_counter()
         outcome = self._runner.run(plan, self._trainer.sweeps)
         seconds = time.perf_counter() - clock
-        if not outcome.disturbed:
+        if not (outcome.disturbed or outcome.captured):
             self._scheduler.observe(plan, state, seconds, outcome.parts)
         self._iterations.record(
             outcome.work, started_at=started, predicted=plan.predicted_seconds, upper=plan.upper_seconds,

@@ -50,6 +50,7 @@ class Outcome:
     failed: dict[str, Fault] = field(default_factory=dict)  # requests that end here
     lost: dict[int, Fault] = field(default_factory=dict)  # sweeps that hold nothing any more: their steps begin anew
     disturbed: bool = False  # something did not run as planned: the seconds say nothing of the plan
+    captured: bool = False  # a graph was made on the way: neither do they
 
 
 class Runner:
@@ -73,6 +74,7 @@ class Runner:
         if self._cores is not None:
             self._cores.adjust()
         outcome, watch = Outcome(), Stopwatch(self.model.device)
+        shapes = self._graphs.shapes if self._graphs is not None else 0
         loads = [Load(plan.decodes, plan.prefills, plan.rides)]
         while loads:
             loads[:1] = self._forward_or_relief(loads[0], sweeps, outcome)
@@ -82,6 +84,7 @@ class Runner:
                 self._unit_or_loss(unit, sweeps[unit.sweep_id], outcome)
             watch.mark(index)
         self._take_pending(outcome)
+        outcome.captured = self._graphs is not None and self._graphs.shapes > shapes
         outcome.parts = watch.parts()
         if not (plan.decodes or plan.prefills or plan.rides):
             outcome.parts.pop("forward", None)

@@ -183,3 +183,14 @@ def test_an_iteration_in_pieces_replays_once(tmp_path):
     assert len(alone) == 2  # iterations that decode
     for number, request in enumerate("xy"):
         assert_greedy_equal(model, prompt(7, number), engine.tokens(request))
+
+
+def test_the_seconds_of_a_capture_teach_nothing(tmp_path, monkeypatch):
+    engine = engine_with_adapters(
+        tmp_path, lambda model, cache, pool: DecodeGraphs(model, cache, pool, 64, lambda static: static.run)
+    )
+    taught = []
+    monkeypatch.setattr(engine.engine._scheduler, "observe", lambda plan, *rest: taught.append(len(plan.decodes)))
+    engine.submit("x", prompt(7, 1), max_tokens=4)
+    engine.until(lambda: not len(engine.requests), seconds=120)
+    assert taught == [0, 1, 1]  # the prompt, and all decodes but the first

@@ -102,7 +102,7 @@ def _shrink(
     where = index + (which * adapters + adapter) * 4
     rank = tl.load(where)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if tl.program_id(1) * BLOCK_R < rank:
+    if (tl.program_id(1) * BLOCK_R < rank) & (length > 0):
         pages = tl.load(where + PART)
         width = tl.load(columns + which * 2 + PART - 1)
         offset = which * 0
@@ -149,7 +149,7 @@ def _expand(
     m = tl.arange(0, BLOCK_M)
     ranks = 0
     total = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
-    if column < width:
+    if (column < width) & (length > 0):
         for nth in tl.static_range(SLICES if PART == 1 else 1):
             which = tl.program_id(2) + nth
             where = index + (which * adapters + adapter) * 4
@@ -229,7 +229,8 @@ _INTERPRETED = not isinstance(_shrink, triton.JITFunction)
 
 def splits_for(routing: Routing, pages: SitePages, width: int) -> int:
     """Pieces of a shrink's sum, from shapes alone: only small batches, whose programs would not fill a card, split."""
-    programs = len(routing.blocks) * pages.slices
+    # The fewest blocks that so many rows take: of those that are there, many may be empty.
+    programs = -(-len(routing.rows) // routing.block_rows) * pages.slices
     splits = 1
     while splits < _MOST_SPLITS and programs * splits < _PROGRAMS and width >= 2 * splits * _BLOCK_K:
         splits *= 2

@@ -23,10 +23,13 @@ _KEYS = 64  # keys that a program looks at at a time; half of them where a key h
 _PROGRAMS = 264  # two for each multiprocessor of a Hopper card: with fewer, decode splits its keys
 _MOST_SPLITS = 16
 
+# Views of one packed copy, and what changes with a batch: Triton would compile a kernel for each alignment of theirs.
+_OF_THE_BATCH = ["tables", "contexts", "starts", "counts", "tiles", "table_row"]
+
 # ---------------------------------------------------------------------- kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_THE_BATCH)
 def _attend(
     out, part_out, part_max, part_sum, query, keys, values, tables, contexts, starts, counts, tiles, sinks,
     query_row, query_head, key_slot, key_head, value_slot, value_head, out_row, out_head, table_row,
@@ -120,7 +123,7 @@ def _attend(
         tl.store(to, total, mask=real[:, None] & (e < VALUE_DIM)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts", "tiles"])
 def _combine(
     out, part_out, part_max, part_sum, starts, tiles, sinks, out_row, out_head,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, SINKS: tl.constexpr, SPLITS: tl.constexpr,

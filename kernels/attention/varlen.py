@@ -21,6 +21,8 @@ from coserve.kernels.attention.training import Score
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
+# Views of one packed copy, and what changes with a batch: Triton would compile a kernel for each alignment of theirs.
+_OF_THE_BATCH = ["spans", "tiles", "lse_head"]
 
 
 # ---------------------------------------------------------------------- device functions
@@ -70,7 +72,7 @@ def _score_gradient(scores, lse, dp, delta, softcap, SOFTCAP: tl.constexpr):
 # ---------------------------------------------------------------------- kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_THE_BATCH)
 def _forward(
     out, lse, q, k, v, spans, tiles, sinks,
     q_head, q_row, k_head, k_row, v_head, v_row, out_head, out_row, lse_head, scale, softcap, window,
@@ -120,7 +122,7 @@ def _forward(
     tl.store(lse + head * lse_head + start + row, largest + tl.log(summed), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_THE_BATCH)
 def _backward_queries(
     dq, q, k, v, grad, lse, delta, spans, tiles,
     q_head, q_row, k_head, k_row, v_head, v_row, grad_head, grad_row, dq_head, dq_row, lse_head, scale, softcap, window,
@@ -160,7 +162,7 @@ def _backward_queries(
     tl.store(at, (total * scale).to(dq.dtype.element_ty), mask=there[:, None] & (d < DIM)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_THE_BATCH)
 def _backward_keys(
     dk, dv, q, k, v, grad, lse, delta, spans, tiles,
     q_head, q_row, k_head, k_row, v_head, v_row, grad_head, grad_row, dk_head, dk_row, dv_head, dv_row, lse_head,

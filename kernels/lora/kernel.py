@@ -22,6 +22,10 @@ _MOST_SPLITS = 8
 _PROGRAMS = 128  # a Hopper card has 132 multiprocessors: with fewer programs than that, a long sum is split
 _BLOCK_K = 128
 _BLOCK_N = 128
+# Views of one packed copy, and what changes with a batch: Triton would compile a kernel for each alignment of theirs.
+_ROUTING = ["rows", "blocks", "row_count"]
+_PAGES = ["numbers", "index", "scaling", "columns", "adapters", "max_rank"]
+_CHUNKS = ["hidden", "rows", "chunks", "chunk_starts", "index", "scaling", "row_count", "max_rank", "offset", "width"]
 
 # ---------------------------------------------------------------------- device functions
 
@@ -78,7 +82,7 @@ def _dot(left, right, total, WIDEN: tl.constexpr):
 # ---------------------------------------------------------------------- kernels
 
 
-@triton.jit(do_not_specialize=["row_count", "adapters", "max_rank"])
+@triton.jit(do_not_specialize=_ROUTING + _PAGES)
 def _shrink(
     out, x, rows, blocks, flat, numbers, index, columns,
     x_stride, row_count, adapters, max_rank, page_elements,
@@ -98,7 +102,7 @@ def _shrink(
     where = index + (which * adapters + adapter) * 4
     rank = tl.load(where)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if tl.program_id(1) * BLOCK_R < rank:
+    if (tl.program_id(1) * BLOCK_R < rank) & (length > 0):
         pages = tl.load(where + PART)
         width = tl.load(columns + which * 2 + PART - 1)
         offset = which * 0
@@ -121,7 +125,7 @@ def _shrink(
         tl.store(to, total, mask=(m < length)[:, None] & (r < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["row_count", "adapters", "max_rank"])
+@triton.jit(do_not_specialize=_ROUTING + _PAGES)
 def _expand(
     y, hidden, rows, blocks, flat, numbers, index, scaling, columns,
     y_stride, row_count, adapters, max_rank, page_elements,
@@ -145,7 +149,7 @@ def _expand(
     m = tl.arange(0, BLOCK_M)
     ranks = 0
     total = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
-    if column < width:
+    if (column < width) & (length > 0):
         for nth in tl.static_range(SLICES if PART == 1 else 1):
             which = tl.program_id(2) + nth
             where = index + (which * adapters + adapter) * 4
@@ -169,7 +173,7 @@ def _expand(
             tl.store(to, total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["row_count", "max_rank", "offset", "width"])
+@triton.jit(do_not_specialize=_CHUNKS)
 def _weight_grad(
     out, hidden, right, rows, chunks, index,
     right_stride, row_count, max_rank, offset, width,
@@ -196,7 +200,7 @@ def _weight_grad(
         tl.store(to, total, mask=(r < rank)[:, None] & (n < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["max_rank", "width"])
+@triton.jit(do_not_specialize=_CHUNKS)
 def _add_chunks(
     out, parts, chunk_starts, index, scaling, max_rank, width, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
@@ -225,7 +229,8 @@ _INTERPRETED = not isinstance(_shrink, triton.JITFunction)
 
 def splits_for(routing: Routing, pages: SitePages, width: int) -> int:
     """Pieces of a shrink's sum, from shapes alone: only small batches, whose programs would not fill a card, split."""
-    programs = len(routing.blocks) * pages.slices
+    # The fewest blocks that so many rows take: of those that are there, many may be empty.
+    programs = -(-len(routing.rows) // routing.block_rows) * pages.slices
     splits = 1
     while splits < _MOST_SPLITS and programs * splits < _PROGRAMS and width >= 2 * splits * _BLOCK_K:
         splits *= 2

@@ -8,7 +8,6 @@ rows only. The pool never reads a disk and never waits.
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -299,14 +298,8 @@ class AdapterPool:
     def _place(self, tensor: Tensor) -> PagedTensor:
         """Pages for a tensor of this shape, not yet written."""
         rows, width = tensor.shape
-        pages = self._allocator.allocate(self._tensor_pages(tensor))
-        consecutive = all(after - before == 1 for before, after in itertools.pairwise(pages))
-        if consecutive:
-            start = pages[0] * self.page_elements if pages else 0
-            where = self._flat[start : start + rows * width].view(rows, width)
-        else:
-            where = torch.tensor(pages, dtype=torch.int64, device=self._flat.device)
-        return PagedTensor(rows, width, tuple(pages), where, consecutive)
+        pages = tuple(self._allocator.allocate(self._tensor_pages(tensor)))
+        return PagedTensor(rows, width, pages, self._flat, self.page_elements)
 
     def _write(self, stored: PagedTensor, tensor: Tensor) -> None:
         tensor = tensor.detach()
@@ -319,7 +312,7 @@ class AdapterPool:
 
     def _write_pages(self, resident: _Resident, image: HostImage) -> None:
         """One copy and one scatter; on CUDA beside the iterations, on a stream of their own."""
-        numbers = [page for a, b, _ in resident.sites.values() for t in (a, b) for page in t.pages]
+        numbers = _page_numbers(resident)
         by_page = self._flat.view(self.num_pages, -1)
         if self._side is None:
             by_page[torch.tensor(numbers, device=self.device)] = image.pages.to(self.device)
@@ -349,17 +342,19 @@ class AdapterPool:
         self._tables.forget(resident.sites)
         if resident.arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(resident.arrival)
-        by_page = self._flat.view(self.num_pages, -1)
-        for a, b, _ in resident.sites.values():
-            for stored in (a, b):
-                for page in stored.pages:
-                    by_page[page].zero_()
-                    self._allocator.free(page)
+        numbers = _page_numbers(resident)
+        self._flat.view(self.num_pages, -1).index_fill_(0, integers(numbers, self.device, torch.int64), 0)
+        for page in numbers:
+            self._allocator.free(page)
 
 
 def default_page_elements(hidden_size: int) -> int:
     """A page holds 8 rank rows of the model's hidden size."""
     return 8 * hidden_size
+
+
+def _page_numbers(resident: _Resident) -> list[int]:
+    return [page for a, b, _ in resident.sites.values() for t in (a, b) for page in t.pages]
 
 
 def _idle(resident: _Resident) -> bool:

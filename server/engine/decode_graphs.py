@@ -30,8 +30,6 @@ from coserve.server.training.peft.sites import Site
 
 log = logging.getLogger("coserve.engine")
 
-_WARM_UPS = 2
-
 
 class StaticDecode:
     """The buffers of one shape, and a pass over them."""
@@ -117,6 +115,11 @@ class DecodeGraphs:
         self._passes: dict[DecodeShape, StaticDecode] = {}
         self._replays: dict[DecodeShape, Callable[[], tuple[Tensor, Tensor]] | None] = {}
 
+    @property
+    def shapes(self) -> int:
+        """How many were met so far, whether they could be captured or not."""
+        return len(self._replays)
+
     def run(self, runs: Sequence[RowRun], ids: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Output of the last layer [rows, H] and logits [rows, V] of runs of one row each; None: not in this way.
 
@@ -145,6 +148,9 @@ class DecodeGraphs:
                 self._replays[shape] = self._capture(self._passes[shape])
             except (RuntimeError, ValueError) as error:
                 if device_lost(error):
+                    log.error(
+                        "the capture of decode iterations of %s broke off, and CUDA with it: the engine ends", shape
+                    )
                     raise
                 log.warning("decode iterations of %s cannot be captured: %s", shape, " ".join(str(error).split())[:200])
                 self._passes.pop(shape, None)
@@ -166,17 +172,16 @@ class _Captured:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream(device)  # the only one: cuBLAS keeps a workspace for every stream it has seen
 
     def __call__(self, static: StaticDecode) -> Callable[[], tuple[Tensor, Tensor]]:
         here = torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                static.run()
-        here.wait_stream(side)
+        self._warm_up(static, here)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        # A capture that breaks off leaves its own stream the current one; the outer `with` puts that right.
+        with torch.cuda.stream(here), torch.cuda.graph(
+            graph, pool=self._memory, stream=self._side, capture_error_mode="thread_local"
+        ):  # fmt: skip
             results = static.run()
 
         def replay() -> tuple[Tensor, Tensor]:
@@ -184,6 +189,23 @@ class _Captured:
             return results
 
         return replay
+
+    def _warm_up(self, static: StaticDecode, here: torch.cuda.Stream) -> None:
+        """Brings every kernel into being, then looks for waits: one inside a capture would cost the CUDA context.
+
+        Raises:
+            RuntimeError: the pass waits for the device.
+        """
+        self._side.wait_stream(here)
+        mode = torch.cuda.get_sync_debug_mode()
+        try:
+            with torch.cuda.stream(self._side):
+                static.run()
+                torch.cuda.set_sync_debug_mode("error")
+                static.run()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            here.wait_stream(self._side)
 
 
 def _empty_table(model: BaseModel, pool: AdapterPool, shape: DecodeShape) -> PageTable:

@@ -66,7 +66,7 @@ class Engine:
         started, clock = time.time(), time.perf_counter()
         outcome = self._runner.run(plan, self._trainer.sweeps)
         seconds = time.perf_counter() - clock
-        if outcome.disturbed:
+        if outcome.disturbed or outcome.captured:
             self._scheduler.account(plan, state, seconds)
         else:
             self._scheduler.observe(plan, state, seconds, outcome.parts)

@@ -6,29 +6,43 @@ it is first asked for, and a table is its parts side by side.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from coserve.kernels.lora import PageTable
-from coserve.kernels.transfer import to_device
+from coserve.kernels.transfer import integers, to_device
 
 _KEPT_TABLES = 16  # of a decoding batch one is in use; arrivals and training bring others
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PagedTensor:
-    """A tensor of rank rows [rows, width] in the pool."""
+    """A tensor of rank rows [rows, width] in the pool. Kernels follow `pages`; the rest is for who reads without."""
 
     rows: int
     width: int
     pages: tuple[int, ...]
-    where: Tensor  # view [rows, width] of the pool where the pages are consecutive, else int64 page numbers
-    consecutive: bool
+    flat: Tensor = field(repr=False, compare=False)  # the pool
+    page_elements: int
+
+    @cached_property
+    def consecutive(self) -> bool:
+        return all(after - before == 1 for before, after in itertools.pairwise(self.pages))
+
+    @cached_property
+    def where(self) -> Tensor:
+        """View [rows, width] of the pool where the pages are consecutive, else int64 page numbers on its device."""
+        if not self.consecutive:
+            return integers(self.pages, self.flat.device, torch.int64)
+        start = self.pages[0] * self.page_elements if self.pages else 0
+        return self.flat[start : start + self.rows * self.width].view(self.rows, self.width)
 
 
 PagedSites = dict[str, tuple[PagedTensor, PagedTensor, float]]  # site name -> A, B, scaling

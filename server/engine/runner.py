@@ -50,6 +50,7 @@ class Outcome:
     failed: dict[str, Fault] = field(default_factory=dict)  # requests that end here
     lost: dict[int, Fault] = field(default_factory=dict)  # sweeps that hold nothing any more: their steps begin anew
     disturbed: bool = False  # something did not run as planned: the seconds say nothing of the plan
+    captured: bool = False  # a graph was made on the way: neither do they
 
 
 class Runner:
@@ -73,6 +74,7 @@ class Runner:
         if self._cores is not None:
             self._cores.adjust()
         outcome, watch = Outcome(), Stopwatch(self.model.device)
+        shapes = self._graphs.shapes if self._graphs is not None else 0
         loads = [Load(plan.decodes, plan.prefills, plan.rides)]
         while loads:
             loads[:1] = self._forward_or_relief(loads[0], sweeps, outcome)
@@ -82,6 +84,7 @@ class Runner:
                 self._unit_or_loss(unit, sweeps[unit.sweep_id], outcome)
             watch.mark(index)
         self._take_pending(outcome)
+        outcome.captured = self._graphs is not None and self._graphs.shapes > shapes
         outcome.parts = watch.parts()
         if not (plan.decodes or plan.prefills or plan.rides):
             outcome.parts.pop("forward", None)
@@ -149,7 +152,8 @@ class Runner:
         self, runs: list[RowRun], ids: list[int], parts: list[SweepPart]
     ) -> tuple[Tensor, Tensor | None]:
         """Output of the last layer [rows, H], and the logits [rows, V] where they came with it."""
-        if self._graphs is not None and not parts:
+        # What a graph says lies where the next replay says it: one an iteration, which is read at the end.
+        if self._graphs is not None and not parts and not self._pending:
             known = self._graphs.run(runs, ids)
             if known is not None:
                 return known

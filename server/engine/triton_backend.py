@@ -61,6 +61,7 @@ class TritonTerms:
         self._pool = rows[0].adapter.pool if rows else None
         if any(r.adapter.pool is not self._pool for r in rows):
             raise ValueError("the adapters of one pass lie in different pools")
+        self._table: PageTable | None = None  # of all sites of the model, once one of them has asked
         self._routing = None
         if self._pool is not None:
             self._routing = route(self._ranges, len(numbers), device=self._pool.device)
@@ -74,7 +75,9 @@ class TritonTerms:
             current.keep(site, part)
         if self._pool is None or self._routing is None:
             return group.product.split(y)
-        table = self._pool.page_table(self._keys, group.layout)
+        if self._table is None:
+            self._table = self._pool.page_table(self._keys, group.layout)
+        table = self._table
         if not any(r.dropout for r in self._rows):
             terms = self._terms(group.sites, table.at(group.first, len(group.sites)))
             return group.product.split(paged_lora_add(y, x, terms, in_place=True))

@@ -26,18 +26,19 @@ def engine(tmp_path):
     )  # fmt: skip
 
 
-def test_a_decode_iteration_waits_only_at_its_end(engine, monkeypatch):
-    """torch raises where the host would wait; the one wait that is meant is taken out first."""
+def test_a_decode_iteration_waits_only_at_its_end(engine):
+    """torch raises where the host would wait: by the graph, and beside a graph's results that wait to be read."""
     engine.submit("x", prompt(9, 1), engine.ref("a"), max_tokens=12)
     engine.until(lambda: len(engine.tokens("x")) >= 4, seconds=120)  # the graph is captured by now
     runner = engine.engine._runner
-    monkeypatch.setattr(runner, "_take_pending", lambda outcome: runner._pending.clear())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        runner._forward_or_relief(_load("x"), {}, _outcome())
+        for _ in range(2):
+            runner._forward(_load("x"), {}, _outcome())  # what is above it would take the error for the request's
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(runner._pending) == 2
 
 
 def test_tokens_with_graphs_are_those_without(engine, tmp_path):
@@ -55,11 +56,24 @@ def test_tokens_with_graphs_are_those_without(engine, tmp_path):
     assert replays and all(replay is not None for replay in replays.values())
 
 
+def test_a_pass_that_waits_is_not_captured_and_nothing_else_is_lost(engine, monkeypatch):
+    from coserve.server.engine.decode_graphs import StaticDecode
+
+    run = StaticDecode.run
+    monkeypatch.setattr(StaticDecode, "run", lambda static: (static._ids.sum().item(), run(static))[1])
+    here = torch.cuda.current_stream()
+    engine.submit("x", prompt(9, 1), engine.ref("a"), max_tokens=4)
+    engine.until(lambda: not len(engine.requests), seconds=120)
+    assert len(engine.tokens("x")) == 4
+    assert set(engine.engine._runner._graphs._replays.values()) == {None}
+    assert torch.cuda.current_stream() == here and torch.cuda.get_sync_debug_mode() == 0
+
+
 def test_an_adapter_is_written_beside_the_iterations(engine):
     assert engine.pool._side is not None
     engine.submit("x", prompt(9, 1), engine.ref("a"), max_tokens=2)
     engine.until(lambda: not len(engine.requests), seconds=120)
-    assert not engine.pool.arriving
+    assert engine.pool._residents[engine.ref("a").digest].arrival is not None and not engine.pool.arriving
     engine.pool.check()
 
 

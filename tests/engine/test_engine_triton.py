@@ -156,3 +156,41 @@ def test_decodes_through_fixed_buffers(tmp_path):
         assert_greedy_equal(oracle_model(model, adapter and tmp_path / adapter), prompt(5 + 6 * number, number), got)
     if kernel_device().type == "cpu":
         assert {(8, 32), (4, 32), (1, 0)} <= set(shapes)
+
+
+def test_an_iteration_in_pieces_replays_once(tmp_path):
+    """The host reads at an iteration's end, as on CUDA, and a replay overwrites what the one before it said."""
+    said, alone = {}, []
+
+    def record(static):
+        def replay():
+            if static.shape.rows > 1:
+                raise RuntimeError("this one is to run in pieces")
+            alone.append(static.shape)
+            hidden, logits = static.run()
+            for name, values in (("hidden", hidden), ("logits", logits)):
+                said.setdefault(name, torch.empty_like(values)).copy_(values)
+            return said["hidden"], said["logits"]
+
+        return replay
+
+    engine = engine_with_adapters(tmp_path, lambda model, cache, pool: DecodeGraphs(model, cache, pool, 64, record))
+    engine.engine._runner._defers = True
+    model = oracle_model(save_tiny_model(tmp_path / "model", "llama:mini"), None)
+    for number, request in enumerate("xy"):
+        engine.submit(request, prompt(7, number), max_tokens=3)
+    engine.until(lambda: not len(engine.requests), seconds=120)
+    assert len(alone) == 2  # iterations that decode
+    for number, request in enumerate("xy"):
+        assert_greedy_equal(model, prompt(7, number), engine.tokens(request))
+
+
+def test_the_seconds_of_a_capture_teach_nothing(tmp_path, monkeypatch):
+    engine = engine_with_adapters(
+        tmp_path, lambda model, cache, pool: DecodeGraphs(model, cache, pool, 64, lambda static: static.run)
+    )
+    taught = []
+    monkeypatch.setattr(engine.engine._scheduler, "observe", lambda plan, *rest: taught.append(len(plan.decodes)))
+    engine.submit("x", prompt(7, 1), max_tokens=4)
+    engine.until(lambda: not len(engine.requests), seconds=120)
+    assert taught == [0, 1, 1]  # the prompt, and all decodes but the first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,6 +171,18 @@ def test_long_sums_are_split_and_repeat_bit_for_bit():
     assert worst_range(runs[0][0], want, ranges_of(triples)) < BOUND[torch.bfloat16]
     for g, w in zip(runs[0][1], oracle, strict=True):
         assert relative_error(g.cpu(), w) < BOUND[torch.bfloat16]
+
+
+def test_blocks_without_rows_change_nothing():
+    """As in a decode iteration of fixed shape: there are as many blocks as rows, and few of them are used."""
+    seed, device = fresh_seed(), kernel_device()
+    adapters = PagedAdapters([20], {"q": (512, 264)}, torch.float32, device, page_elements=1200, seed=seed)
+    x, y, _ = batch(32, 512, 264, torch.float32, device, seed)
+    routing, pages = route([RowRange(0, 32, 0)], 1, block_rows=16, device=device), adapters.table().at(0)
+    padded = replace(routing, blocks=torch.cat([routing.blocks, torch.zeros_like(routing.blocks).repeat(64, 1)]))
+    assert len(padded.blocks) == 130 and splits_for(padded, pages, 512) == splits_for(routing, pages, 512) == 4
+    got, want = (paged_lora_add(y.clone(), x, PagedTerms(r, pages)) for r in (padded, routing))
+    assert torch.equal(got, want) and not torch.equal(got, y)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs programs in an order of its own")

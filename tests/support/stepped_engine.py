@@ -58,7 +58,7 @@ class SteppedEngine:
         self.model = model = engine_model(architecture, torch.float32, backend=backend, device=device)
         self.socket = SentMessages(str(data_dir / "e.sock"))
         self.pool = AdapterPool(pool_bytes, 8 * model.hidden_size, torch.float32, device)
-        loader = AdapterLoader(lambda path: read_folder(path, model.sites, DIGEST)[1], 0)
+        loader = AdapterLoader(lambda path: self.pool.image_of(read_folder(path, model.sites, DIGEST)[1]), 0)
         self.adapters = AdapterBook(self.pool, loader, data_dir)
         self.requests = RequestBook(BlockManager(blocks, 16), 1.0, 1.0)
         values = {"model": "base", "data_dir": data_dir, "socket_path": "", "dtype": "float32", **options}

@@ -143,7 +143,7 @@ def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     more = filled_up(rows) - rows
     flat = F.pad(flat, (0, 0, 0, more)) if more else flat.contiguous()
     y = torch.ops.mkldnn._linear_pointwise(flat, packed, bias, "none", [], "")
-    return (y[:rows] if more else y).view(*x.shape[:-1], y.shape[-1])
+    return y.resize_(*x.shape[:-1], y.shape[-1])  # no view: autograd would not let its holder change it in place
 
 
 def _pack(weight: Tensor) -> Tensor:

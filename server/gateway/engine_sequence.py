@@ -62,8 +62,8 @@ class EngineSequence:
         while self._parts and tokens < _TOKENS_AT_ONCE:
             parts.append(self._parts.popleft())
             tokens += len(parts[-1].token_ids)
-        if self._parts:
-            self._news.set()
+        if self._parts or self._failure is not None:
+            self._news.set()  # more to take; what is taken now may be no text yet, after which its reader waits
         if not parts:
             if self._failure is not None:
                 raise self._failure

@@ -161,6 +161,27 @@ def test_failures_of_a_sequence(tmp_path):
     in_world(tmp_path, scenario)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_right_behind_text_that_is_held_back_is_told(tmp_path, stream):
+    """Whoever takes tokens that make no text yet waits for news: the failure behind them must count as such."""
+
+    async def scenario(world):
+        text = world.services.text.detokenizer(True, ()).feed(40)
+        body = {**PLAIN, "stream": stream, "stop": text + "and more"}
+        asking = asyncio.create_task(world.a.post("/v1/completions", json=body))
+        request = await first_request(world)
+        if stream:
+            give(world, request, 41)  # the answer has begun, with status 200
+            await asyncio.sleep(0.1)
+        give(world, request, 40)
+        world.engine.push(Failed(request.request_id, "out_of_memory", ""))
+        answer = await asyncio.wait_for(asking, 5)
+        assert answer.status_code == (200 if stream else 503)
+        assert "out_of_memory" in answer.text
+
+    in_world(tmp_path, scenario)
+
+
 def test_one_failed_choice_ends_the_others(tmp_path):
     async def scenario(world):
         asking = asyncio.create_task(world.a.post("/v1/completions", json={**PLAIN, "n": 3}))

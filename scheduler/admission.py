@@ -21,12 +21,14 @@ share keeps back its own tenant only.
 Adapters. A waiting request whose adapter is not on the device, or whose adapter would be one too many, is passed over
 and blocks nobody, until it has been kept out *by residency* for `drain_after` seconds: from then on the first such
 request claims a place, and nothing behind it is admitted unless both fit. Running requests of other adapters drain
-away and the claim is served. One that its tenant's share of the pages keeps out holds back its tenant after that time.
+away and the claim is served. An adapter that is larger than others may have a place and no room: then nothing behind it
+with another adapter is admitted until it is there. One that its tenant's share of the pages keeps out holds back its
+tenant after that time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -104,8 +106,16 @@ class AdmissionPolicy:
 
     def reason(self, request: RequestState) -> str:
         """Why a waiting request was not admitted the last time."""
-        kept_back = self.kept_back.get(request.request_id) or self.kept_back.get(request.tenant)
-        return kept_back or self.closed_by
+        return self._kept_back(request) or self.closed_by
+
+    def behind(self, state: SchedulerState) -> Iterator[RequestState]:
+        """Prompts that nothing but those before them kept back the last time."""
+        if self.closed_by != TURN:
+            return iter(())
+        return (r for r in state.requests if not r.running and not self._kept_back(r))
+
+    def _kept_back(self, request: RequestState) -> str | None:
+        return self.kept_back.get(request.request_id) or self.kept_back.get(request.tenant)
 
     def _break_deadlock(
         self, queue: _Queue, alive: list[RequestState], preempted: list[str], unservable: list[str]
@@ -135,6 +145,7 @@ class _Queue:
         self._left = config.max_chunk
         self._was_blocked = blocked_since
         self._claim: str | None = None  # an adapter that has waited for a place for too long
+        self._claims_room = False  # it has a place, and those in use leave too little room for it
         self.room = room
         self.chunks: list[Candidate] = []
         self.unservable: list[str] = []
@@ -174,7 +185,7 @@ class _Queue:
                 self._lineup.shut(r.tenant)
                 continue
             if self._left <= 0 or places <= 0 or need > (self.room.free if idle else spare):
-                self.closed_by = TURN if self._left <= 0 else PLACES if places <= 0 else BLOCKS
+                self.closed_by = PLACES if places <= 0 else TURN if self._left <= 0 else BLOCKS
                 break
             places -= 1
             spare -= need
@@ -207,20 +218,24 @@ class _Queue:
         if r.adapter is None:
             return True
         has_pages = self.room.has_pages(r)
-        # An idle device waits for nobody's load.
-        has_place = self.room.has_place(r.adapter, None if idle else self._claim)
+        if self._claims_room and r.adapter != self._claim:
+            has_place = False
+        else:  # an idle device waits for nobody's load
+            has_place = self.room.has_place(r.adapter, None if idle else self._claim)
         # Once kept out by residency a request stays a claimant while its adapter loads; else the place that was drained
         # for it would go to the next request of a resident adapter.
-        if not (has_pages and has_place) or (not r.adapter_ready and r.request_id in self._was_blocked):
+        loads_again = not r.adapter_ready and r.request_id in self._was_blocked
+        if not (has_pages and has_place) or r.adapter_kept_out or loads_again:
             since = blocked[r.request_id] = self._was_blocked.get(r.request_id, self._state.now)
             if self._state.now - since >= self._config.drain_after:
                 if not has_pages:
                     self._lineup.shut(r.tenant)
                 elif self._claim is None:
-                    self._claim = r.adapter
+                    self._claim, self._claims_room = r.adapter, r.adapter_kept_out
         if has_pages and has_place and r.adapter_ready:
             return True
-        self.kept_back[r.request_id] = PAGES if not has_pages else RESIDENCY if not has_place else LOADING
+        full = not has_place or r.adapter_kept_out
+        self.kept_back[r.request_id] = PAGES if not has_pages else RESIDENCY if full else LOADING
         return False
 
     def _remember(self, blocked: dict[str, float]) -> None:

@@ -5,17 +5,19 @@ depend on training: prompts come first.
 
 The candidates' tokens count together, so several prompts share an iteration, the last of them cut where the budget
 ends. Without running streams nothing needs protection and the chunk is as large as it may be. When nothing fits,
-`min_chunk` tokens run all the same if a first token would otherwise be late.
+`min_chunk` tokens run all the same if a first token would otherwise be late, a candidate's or that of a prompt behind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from math import inf
 
 from coserve.scheduler.admission import Candidate
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Cost, Costs
 from coserve.scheduler.features import ForwardLoad, attention_work
+from coserve.scheduler.state import RequestState
 
 Candidates = tuple[Candidate, ...]
 
@@ -25,9 +27,11 @@ class ChunkPolicy:
         self._config = config
 
     def tokens(
-        self, now: float, candidates: Candidates, decodes: ForwardLoad, adapters: set[str], budget: float, costs: Costs
-    ) -> int:
-        """Prompt tokens of this iteration, all candidates together; `adapters`: of the decodes."""
+        self, now: float, candidates: Candidates, decodes: ForwardLoad, adapters: set[str], budget: float, costs: Costs,
+        behind: Iterable[RequestState] = (),
+    ) -> int:  # fmt: skip
+        """Prompt tokens of this iteration, all candidates together; `adapters`: of the decodes; `behind`: prompts that
+        wait for nothing but the candidates."""
         total = min(self._config.max_chunk, sum(c.tokens for c in candidates))
         if total == 0 or decodes.rows == 0:
             return total
@@ -45,7 +49,8 @@ class ChunkPolicy:
             ahead += c.request.total_tokens - c.request.computed_tokens
             if now + -(-ahead // least) * seconds >= c.request.ttft_deadline:
                 return least
-        return 0
+        due = min((r.ttft_deadline for r in behind), default=inf)
+        return least if now + -(-ahead // least) * seconds >= due else 0
 
 
 def largest(most: int, budget: float, seconds: Callable[[int], float]) -> int:

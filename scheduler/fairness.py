@@ -6,7 +6,8 @@ iterations. It never decides what runs: it says whose turn it is.
 The counters are those of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), with device seconds in
 the place of tokens, so that prompts, decodes and training units are one currency. A tenant that comes back is lifted
 to the least-served tenant that stayed, less a small credit: it cannot save up idle time, and a job between two of its
-steps, or a client between two requests, does not lose its turn.
+steps, or a client between two requests, does not lose its turn. Who only trains gets what requests leave, so its
+counter may stand far behind theirs: with its first request it is lifted to the least-served tenant that asks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class FairShare:
         self._credit, self._remembered = credit, remembered
         self._served: dict[str, float] = {}
         self._weights: dict[str, float] = {}  # of the tenants that are there
+        self._asking: set[str] = set()  # those of them that have requests
         self._level = 0.0  # the least-served of those that were last there
+        self._asked = 0.0  # the least-served of those that last had requests; of the others, where it is more
         self._lately: dict[str, tuple[float, float]] = {}  # tenant -> when it last had a request, and its weight
         self.row_seconds = 1e-3  # what a prompt row costs, as the planner expects
 
@@ -35,25 +38,35 @@ class FairShare:
         for sweep in state.sweeps:
             for job in sweep.jobs:
                 there[job.tenant] = job.weight
-        if self._weights:
-            self._level = min(map(self._served.__getitem__, self._weights))
-        if there.keys() != self._weights.keys():
+        self._take_levels()
+        if there.keys() != self._weights.keys() or asking.keys() != self._asking:
             stayed = [self._served[t] for t in there if t in self._weights]
+            asked = [self._served[t] for t in asking if t in self._asking]
             level = max(0.0, min(stayed, default=self._level) - self._credit)
+            asked_level = max(0.0, min(asked, default=self._asked) - self._credit)
             for tenant in there:
-                if tenant not in self._weights:
+                if tenant in asking and tenant not in self._asking:
+                    self._served[tenant] = max(self._served.get(tenant, 0.0), asked_level)
+                elif tenant not in self._weights:
                     self._served[tenant] = max(self._served.get(tenant, 0.0), level)
-            self._forget(there, level)
-        if there:
-            self._level = min(map(self._served.__getitem__, there))
-        self._weights = there
+            self._forget(there, asked_level)
+        self._weights, self._asking = there, set(asking)
+        self._take_levels()
         for tenant, weight in asking.items():
             self._lately[tenant] = state.now, weight
         if len(self._lately) > len(asking):
             self._lately = {t: seen for t, seen in self._lately.items() if seen[0] >= state.now - self._remembered}
 
+    def _take_levels(self) -> None:
+        if self._weights:
+            self._level = min(map(self._served.__getitem__, self._weights))
+        if self._asking:
+            self._asked = min(map(self._served.__getitem__, self._asking))
+        else:
+            self._asked = max(self._asked, self._level)
+
     def _forget(self, there: Mapping[str, float], level: float) -> None:
-        """Of tenants that are away and would be lifted anyway nothing needs to be known."""
+        """Of tenants that are away and would be lifted if they asked nothing needs to be known."""
         if len(self._served) > 2 * len(there) + 64:
             self._served = {t: v for t, v in self._served.items() if t in there or v > level}
 
@@ -73,8 +86,8 @@ class FairShare:
         return {tenant: whole * weight / weights for tenant, (_, weight) in self._lately.items()}
 
     def is_least(self, tenant: str) -> bool:
-        """Whether nobody who is there has been served less."""
-        return self.served(tenant) <= self._level
+        """Whether nobody who has requests has been served less."""
+        return self.served(tenant) <= self._asked
 
     def served(self, tenant: str) -> float:
         """Weighted seconds; of a tenant that was never there, those that it would begin with."""

@@ -75,7 +75,8 @@ class Scheduler:
             logit_rows=len(admission.decodes),
             adapters=len(adapters),
         )
-        tokens = self._chunks.tokens(state.now, admission.candidates, decode_load, adapters, budget, costs)
+        behind = self._admission.behind(state)
+        tokens = self._chunks.tokens(state.now, admission.candidates, decode_load, adapters, budget, costs, behind)
         load = with_chunks(decode_load, admission.candidates, tokens, adapters)
         serving = costs.serving(load)
         slack = first_token_slack(state.now, admission.candidates, tokens, serving[1])
@@ -118,8 +119,13 @@ class Scheduler:
         features = plan_features(plan, state)
         trained = self._trained_seconds(plan, state, features, seconds)
         self.model.observe(features, seconds, parts)
-        self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
-        self.share.charge(device_cost(plan, state, seconds, trained, self.model))
+        self._settle(plan, state, seconds, trained)
+
+    def account(self, plan: Plan, state: SchedulerState, seconds: float) -> None:
+        """Charge `seconds` to whom `plan` served, and learn nothing: something of it did not run as planned."""
+        if not plan.empty:
+            features = plan_features(plan, state)
+            self._settle(plan, state, seconds, self._trained_seconds(plan, state, features, seconds))
 
     def queue(self, state: SchedulerState) -> tuple[Queued, ...]:
         """Who waits, in the order in which they would be admitted now, why, and for how long still. Changes nothing."""
@@ -134,6 +140,10 @@ class Scheduler:
         promise = self.config.itl_seconds
         least = largest_crowd(seconds, self.config.crowd_share * promise)
         return Crowd(least, largest_crowd(seconds, promise), self.share.parts(least))
+
+    def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
+        self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
+        self.share.charge(device_cost(plan, state, seconds, trained, self.model))
 
     def _budget(self, state: SchedulerState, admission: Admission) -> float:
         due = [r.itl_deadline for r in admission.decodes if r.itl_deadline is not None]

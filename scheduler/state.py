@@ -36,6 +36,7 @@ class RequestState:
     running: bool  # False: still in the waiting queue, holds no blocks
     blocks_shared: int = 0  # of blocks_held, those that other requests hold too: a preemption would not free them
     adapter_pages: int = 0  # of its adapter in the pool; 0: none, or not known yet
+    adapter_kept_out: bool = False  # its adapter is read, and there will be room for it when others are not in use
 
     @property
     def decoding(self) -> bool:

@@ -8,10 +8,11 @@ min(window, rows left) tokens, whole batches of `head_rows` label rows or what i
 Time decides only how many of them run. So training alone repeats bit for bit, whatever the machine's speed. What
 inference left unfinished is finished first.
 
-*Beside inference* a window may be cut to a power of two down to `min_window` to fit what is left. Forward work rides in
-the packed forward, where it costs only the difference, or runs as a unit of some layers when that gives more rows ×
-layers a second or is all that fits. A batch of label rows is never cut, because its rows share the cost of reading the
-vocabulary's weights: it goes as many sub-steps as fit and on from there in a later iteration.
+*Beside inference* a window may be cut to fit what is left: a ride to a power of two, other units to a multiple of 32,
+or 16 or 8; nothing below `min_window`. Forward work rides in the packed forward, where it costs only the difference, or
+runs as a unit of some layers when that gives more rows × layers or is all that fits. A batch of label rows is never
+cut, because its rows share the cost of reading the vocabulary's weights: it goes as many sub-steps as fit and on from
+there in a later iteration.
 
 Sweeps go in order: normal priority, then low, the older first; a later one gets what an earlier one cannot use. A floor
 share of the time is owed to the oldest sweep of either priority; when the debt covers a unit, that unit runs even over
@@ -250,7 +251,7 @@ class TrainingPolicy:
         return True
 
     def _fine_sizes(self, whole: int) -> tuple[int, ...]:
-        """`whole`, then the multiples of 32 below it, then the powers of two down to `min_window`."""
+        """`whole`, then the multiples of 32 below it, then 16 and 8, as far as `min_window` allows."""
         sizes = self._fine.get(whole)
         if sizes is None:
             small = (n for n in (16, 8) if self._config.min_window <= n < whole)

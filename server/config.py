@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from coserve.server.tenancy.terms import TenantTerms, Terms
+from coserve.server.tenancy.terms import Milliseconds, Part, TenantTerms, Terms
 from coserve.server.validation_words import reason_of
 
 ENVIRONMENT_PREFIX = "COSERVE_"
@@ -57,6 +57,8 @@ def parse_object(value: Any) -> Any:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SomeSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseModel):
@@ -84,18 +86,19 @@ class Settings(BaseModel):
     adapter_page_rows: int = Field(default=8, ge=1, description="rank rows a page of the adapter pool")
     max_running: int | None = Field(default=None, ge=1, description="sequences that run at once")
 
-    slo_ttft_ms: float | None = Field(default=None, gt=0, description="promise for the first token")
-    slo_itl_ms: float | None = Field(default=None, gt=0, description="promise between tokens")
-    slo_batch_ttft_ms: float | None = Field(default=None, gt=0, description="the first one, of batch requests")
-    slo_batch_itl_ms: float | None = Field(default=None, gt=0, description="the second one, of batch requests")
+    slo_ttft_ms: Milliseconds | None = Field(default=None, description="promise for the first token")
+    slo_itl_ms: Milliseconds | None = Field(default=None, description="promise between tokens")
+    slo_batch_ttft_ms: Milliseconds | None = Field(default=None, description="the first one, of batch requests")
+    slo_batch_itl_ms: Milliseconds | None = Field(default=None, description="the second one, of batch requests")
+    floor_share: float = Field(default=0.02, ge=0, le=0.9, allow_inf_nan=False, description="training's least part")
     train_window: int | None = Field(default=None, ge=1, description="most tokens of a training window")
     activations: Literal["auto", "save", "recompute"] = "auto"
     kernels: Literal["auto", "torch", "triton"] = "auto"
 
     tenants: Annotated[dict[str, TenantTerms], BeforeValidator(parse_object)] = Field(default={}, max_length=100_000)
-    tenant_kv_share: float = Field(default=1.0, gt=0, le=1)
-    tenant_prefix_share: float = Field(default=1.0, gt=0, le=1)
-    tenant_adapter_share: float = Field(default=1.0, gt=0, le=1)
+    tenant_kv_share: Part = 1.0
+    tenant_prefix_share: Part = 1.0
+    tenant_adapter_share: Part = 1.0
 
     max_waiting: int = Field(default=1024, ge=1)
     max_waiting_tenant: int = Field(default=256, ge=1)
@@ -106,12 +109,12 @@ class Settings(BaseModel):
     max_header: Bytes = 32 * 1024
     max_upload: Bytes = 512 * 1024**2
     stream_buffer: Bytes = 256 * 1024
-    stream_stall_seconds: float = Field(default=30.0, gt=0)
-    keepalive_seconds: float = Field(default=15.0, gt=0)
+    stream_stall_seconds: SomeSeconds = 30.0
+    keepalive_seconds: SomeSeconds = 15.0
 
-    grace_seconds: float = Field(default=30.0, ge=0, description="how long a shutdown waits for running streams")
-    engine_silence_seconds: float = Field(default=20.0, gt=0, description="heartbeat age after which it is not ready")
-    engine_patience_seconds: float = Field(default=10.0, ge=0, description="how long requests queue for a lost engine")
+    grace_seconds: Seconds = Field(default=30.0, description="how long a shutdown waits for running streams")
+    engine_silence_seconds: SomeSeconds = Field(default=20.0, description="heartbeat age after which it is not ready")
+    engine_patience_seconds: Seconds = Field(default=10.0, description="how long requests queue for a lost engine")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

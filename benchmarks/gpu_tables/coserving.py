@@ -67,7 +67,8 @@ class Switch:
         self._rules = {name: makers[name]() for name in (OURS, ALONE, *RIVALS)}
         self.current: str | None = None
         # One tenant sends everything here, so whose books of it the engine reads does not matter.
-        self.share, self.queue = self._rules[OURS].share, self._rules[OURS].queue
+        ours = self._rules[OURS]
+        self.share, self.queue, self.account = ours.share, ours.queue, ours.account
 
     def plan(self, state: Any) -> Any:
         return self._rules[self.current or OURS].plan(state)

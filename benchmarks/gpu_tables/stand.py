@@ -115,8 +115,13 @@ class Stand:
         self._socket.setblocking(False)
 
     def step(self) -> bool:
-        """One iteration, and what it said taken off the socket; False if there was nothing to run."""
+        """One iteration, and what it said taken off the socket; False if there was nothing to run.
+
+        Then it sleeps a moment, as the engine's own loop does: spinning would keep Python from its other threads.
+        """
         ran = self.engine.step()
+        if not ran:
+            time.sleep(_IDLE_SECONDS)
         try:
             while self._socket is not None and (chunk := self._socket.recv(1 << 20)):
                 self._received += chunk
@@ -130,8 +135,7 @@ class Stand:
         while not condition():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"what the stand waits for did not happen within {limit:.0f} s")
-            if not self.step():
-                time.sleep(_IDLE_SECONDS)
+            self.step()
             self.file()
 
     def file(self) -> None:

@@ -108,6 +108,11 @@ class AdapterPool:
         """Pages of adapters that are kept whether or not they are used."""
         return sum(r.pages for r in self._residents.values() if r.kept)
 
+    @property
+    def pages_held(self) -> int:
+        """Pages that no end of a request gives back: those of training copies, and of adapters that are kept."""
+        return sum(r.pages for r in self._residents.values() if r.kept or r.pinned)
+
     def pages_of(self, key: str) -> int:
         """Pages that a resident adapter holds."""
         return self._residents[key].pages

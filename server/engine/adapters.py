@@ -33,6 +33,7 @@ class AdapterBook:
         self._arrived: dict[str, Weights] = {}  # read from disk, waiting for room
         self._reserved: set[str] = set()
         self._placed = False  # whether the last tick put a version into the pool
+        self._kept_out: str | None = None  # the first that has arrived and waits for what others in use hold
         self.pins = Pins(pool)
 
     def close(self) -> None:
@@ -51,6 +52,10 @@ class AdapterBook:
     def pages(self, ref: AdapterRef | None) -> int:
         """Pages of the pool that a resident version holds; 0 where nothing is known of it yet."""
         return self.pool.pages_of(ref.digest) if ref is not None and ref.digest in self.pool else 0
+
+    def kept_out(self, ref: AdapterRef | None) -> bool:
+        """Whether it has been read, and has no room only as long as requests of others run."""
+        return ref is not None and ref.digest == self._kept_out
 
     def handle(self, ref: AdapterRef) -> PooledAdapter:
         if ref.digest not in self._resident:
@@ -97,6 +102,7 @@ class AdapterBook:
             else:
                 self._arrived[digest] = result
         self._bring_pins(failed)
+        self._kept_out = None
         order: dict[str, AdapterRef] = {ref.digest: ref for ref in wanted}
         keep: set[str] = set()
         for digest, ref in order.items():
@@ -113,7 +119,10 @@ class AdapterBook:
                     del self._arrived[digest]
                     continue
                 self._release_except(keep)
-                if self.pool.pages_wanted(image) > self.pool.pages_available:
+                pages = self.pool.pages_wanted(image)
+                if pages > self.pool.pages_available:
+                    if pages <= self.pool.num_pages - self.pool.pages_held:
+                        self._kept_out = digest
                     break  # the versions ahead of it in line come first
                 del self._arrived[digest]
                 fault = attempt(f"loading adapter {digest[:12]}", partial(self.pool.load, digest, image))

@@ -29,15 +29,17 @@ class LiveSweeps:
         self._next_id = 0
 
     def group(self, due: Sequence[RunningJob]) -> list[RunningJob]:
-        """The first of the jobs that are due, and those whose rows may share its sweep: jobs of one tenant, so that
-        tenants can take turns between sweeps. Windows of several sweeps ride in one packed forward all the same."""
+        """The first of the jobs that are due, and those whose rows may share its sweep: jobs of one tenant and of one
+        priority, so that both take turns between sweeps. Windows of several sweeps ride in one packed forward all the
+        same."""
         first, *others = due
         if first.lean or first.batch is None:
             return [first]
         group, rows = [first], _rows(first)
         for running in others:
             alike = running.batch is not None and running.batch.kind == first.batch.kind and not running.lean
-            if alike and running.tenant == first.tenant and rows + _rows(running) <= self.most_rows:
+            alike = alike and (running.tenant, running.priority) == (first.tenant, first.priority)
+            if alike and rows + _rows(running) <= self.most_rows:
                 group.append(running)
                 rows += _rows(running)
         return group

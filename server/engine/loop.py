@@ -66,7 +66,9 @@ class Engine:
         started, clock = time.time(), time.perf_counter()
         outcome = self._runner.run(plan, self._trainer.sweeps)
         seconds = time.perf_counter() - clock
-        if not (outcome.disturbed or outcome.captured):
+        if outcome.disturbed or outcome.captured:
+            self._scheduler.account(plan, state, seconds)
+        else:
             self._scheduler.observe(plan, state, seconds, outcome.parts)
         self._iterations.record(
             outcome.work, started_at=started, predicted=plan.predicted_seconds, upper=plan.upper_seconds,
@@ -94,7 +96,7 @@ class Engine:
         message = request.message
         return self._requests.state(
             request, self._shares.weight(message.tenant), self._adapters.ready(message.adapter),
-            self._adapters.pages(message.adapter),
+            self._adapters.pages(message.adapter), self._adapters.kept_out(message.adapter),
         )  # fmt: skip
 
     def _prepare(self, plan: Plan) -> None:

@@ -18,7 +18,7 @@ from coserve.server.engine.attention import UnsupportedModel
 from coserve.server.engine.backend import Backend, choose_backend
 from coserve.server.engine.frame import Frame, LayerCall
 from coserve.server.engine.linears import AdapterLinear, Binding, LinearGroup, RowsOfPass
-from coserve.server.engine.product import FrozenProduct, packing_available
+from coserve.server.engine.product import FrozenProduct, compile_products, packing_available
 from coserve.server.engine.siblings import sibling_linears
 from coserve.server.training.peft.sites import Site
 
@@ -45,7 +45,7 @@ class Head(nn.Module):
         count = max(1, round(vocabulary / _SLICE_ROWS))
         borders = [vocabulary * i // count for i in range(count + 1)]
         self.slices = [slice(a, b) for a, b in itertools.pairwise(borders)]
-        self._products = [
+        self.products = [
             FrozenProduct(
                 [linear.weight[part]], [None if linear.bias is None else linear.bias[part]],
                 pack=pack, pack_transposed=pack_transposed,
@@ -62,10 +62,10 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., V], or [..., rows of the selected slice]"""
         if self.selected is not None:
-            return self._products[self.selected](x)[0]
-        if len(self._products) == 1:
-            return self._products[0](x)[0]
-        return torch.cat([product(x)[0] for product in self._products], -1)
+            return self.products[self.selected](x)[0]
+        if len(self.products) == 1:
+            return self.products[0](x)[0]
+        return torch.cat([product(x)[0] for product in self.products], -1)
 
 
 class BaseModel:
@@ -91,6 +91,7 @@ class BaseModel:
         self.backend.prepare(model)
         self._binding = Binding()
         self.layout: dict[str, tuple[int, int]] = {}  # site name -> (in, out); sites that share a launch side by side
+        self._products: list[FrozenProduct] = []
         siblings = sibling_linears(Frame(model, self.base_name, "layers"), self.layers)
         self.sites: tuple[Site, ...] = tuple(self._wrap_linears(siblings, training))
         self.head = self._wrap_head(training)
@@ -110,6 +111,11 @@ class BaseModel:
 
     def sites_of(self, layer: int) -> tuple[Site, ...]:
         return tuple(site for site in self.sites if site.layer == layer)
+
+    def compile_products(self, rows: int, head_rows: int) -> None:
+        """Before the first pass: what passes of up to `rows` rows, `head_rows` of them logits, make oneDNN compile."""
+        compile_products(self._products, rows)
+        compile_products(self.head.products, head_rows)
 
     def run_layer(self, layer: int, x: Tensor, call: LayerCall, current: Pass) -> Tensor:
         """x [1, T, H] -> [1, T, H] through one decoder layer, for the rows of `current`."""
@@ -151,6 +157,7 @@ class BaseModel:
                 raise UnsupportedModel(f"layer {index} does not always use its linear layers ({unused})")
             for names in siblings[index]:
                 product = self._product([linears[name] for name in names], training)
+                self._products.append(product)
                 members, first = [of_name[name] for name in names], len(self.layout)
                 self.layout.update((site.name, (site.in_features, site.out_features)) for site in members)
                 group = LinearGroup(product, members, self.layout, first, self._binding)

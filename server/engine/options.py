@@ -34,6 +34,7 @@ class EngineOptions:
     slo_itl_ms: float | None = None
     slo_batch_ttft_ms: float | None = None
     slo_batch_itl_ms: float | None = None
+    floor_share: float = 0.02
     train_window: int | None = None
     activations: str = "auto"
     kernels: str = "auto"  # see `backend.choose_backend`

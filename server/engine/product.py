@@ -9,7 +9,7 @@ Nothing is stored for the weight's own gradient: it has none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,13 +34,13 @@ class FrozenProduct:
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., Σ out], same dtype."""
         if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, self._bias, "none", [], "")
+            return _packed_product(x, self._packed, self._bias)
         return F.linear(x, self._plain(), self._bias)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """dy [..., Σ out] -> dx [..., in], same dtype."""
         if self._packed_transposed is not None:
-            return torch.ops.mkldnn._linear_pointwise(dy.contiguous(), self._packed_transposed, None, "none", [], "")
+            return _packed_product(dy, self._packed_transposed, None)
         return dy @ self._plain()
 
     def __call__(self, x: Tensor, stored: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
@@ -57,6 +57,15 @@ class FrozenProduct:
         if torch.is_grad_enabled() and x.requires_grad:
             return _Joined.apply(x, self, stored)
         return self.forward(x) if stored is None else torch.cat(list(stored), -1)
+
+    def compile(self, numbers: Sequence[int], known: set[tuple[tuple[int, ...], bool]]) -> None:
+        """Run each packed form once with so many rows, unless its shape is `known`; adds it there."""
+        for packed, bias in ((self._packed, self._bias), (self._packed_transposed, None)):
+            if packed is None or (shape := (tuple(packed.shape), bias is not None)) in known:
+                continue
+            known.add(shape)
+            for rows in numbers:
+                _packed_product(torch.zeros(rows, packed.shape[1], dtype=packed.dtype), packed, bias)
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
         """[..., Σ out] -> one view [..., out_i] a weight."""
@@ -103,6 +112,38 @@ def packing_available(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+
+
+def filled_up(rows: int) -> int:
+    """Rows of a packed product that is asked for `rows` rows: up to 16 as they are, then in steps of an eighth to a
+    sixteenth, 8 at least.
+
+    oneDNN compiles a product for every number of rows. That takes a millisecond or two where it is first met, and it
+    fails, then and for ever, where memory has run out; so there are few numbers, and all are met at the start.
+    """
+    if rows <= 16:
+        return rows
+    step = max(8, 1 << ((rows - 1).bit_length() - 4))
+    return -(-rows // step) * step
+
+
+@torch.no_grad()
+def compile_products(products: Iterable[FrozenProduct], most_rows: int) -> None:
+    """Have oneDNN compile what these products need for up to `most_rows` rows. Products of one shape share it."""
+    numbers = sorted({filled_up(rows) for rows in range(1, most_rows + 1)})
+    known: set[tuple[tuple[int, ...], bool]] = set()
+    for product in products:
+        product.compile(numbers, known)
+
+
+def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] -> [..., out]"""
+    flat = x.reshape(-1, x.shape[-1])
+    rows = flat.shape[0]
+    more = filled_up(rows) - rows
+    flat = F.pad(flat, (0, 0, 0, more)) if more else flat.contiguous()
+    y = torch.ops.mkldnn._linear_pointwise(flat, packed, bias, "none", [], "")
+    return y.resize_(*x.shape[:-1], y.shape[-1])  # no view: autograd would not let its holder change it in place
 
 
 def _pack(weight: Tensor) -> Tensor:

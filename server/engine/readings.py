@@ -18,7 +18,7 @@ from coserve.server.engine.requests import Request
 from coserve.server.engine.sampler import Sampled, SamplingRow, choose, chosen_on_device, sample, token_logprobs
 from coserve.server.wire.messages import TokenLogprob
 
-_LOGIT_ROWS = 64  # logit rows at a time: a row of a 262k vocabulary is a megabyte
+LOGIT_ROWS = 64  # logit rows at a time: a row of a 262k vocabulary is a megabyte
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class PendingReadings:
         return found
 
     def _chunks(self) -> list[slice]:
-        return [slice(start, start + _LOGIT_ROWS) for start in range(0, len(self._ending), _LOGIT_ROWS)]
+        return [slice(start, start + LOGIT_ROWS) for start in range(0, len(self._ending), LOGIT_ROWS)]
 
     def _rows(self, chunk: slice) -> list[SamplingRow]:
         return [request.row for request in self._ending[chunk]]
@@ -138,8 +138,8 @@ class PendingReadings:
         found: list[TokenLogprob | None] = [None] if first == 0 else []
         following = list(request.message.prompt_ids[first + 1 : first + 1 + hidden.shape[0]])
         top = request.message.sampling.prompt_logprobs or 0
-        for start in range(0, len(following), _LOGIT_ROWS):
-            targets = following[start : start + _LOGIT_ROWS]
+        for start in range(0, len(following), LOGIT_ROWS):
+            targets = following[start : start + LOGIT_ROWS]
             logits = self._model.logits(hidden[start : start + len(targets)])
             for entry in token_logprobs(logits, targets, top):
                 found.append(TokenLogprob(entry.token_id, float(entry.logprob or 0.0), entry.top))

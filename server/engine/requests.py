@@ -146,7 +146,8 @@ class RequestBook:
             tuple(request.prompt_logprobs) if first else (), stopped,
         )  # fmt: skip
 
-    def state(self, request: Request, weight: float, adapter_ready: bool, adapter_pages: int = 0) -> RequestState:
+    def state(self, request: Request, weight: float, adapter_ready: bool, adapter_pages: int = 0,
+              adapter_kept_out: bool = False) -> RequestState:  # fmt: skip
         """What the scheduler is told of a sequence."""
         message, last = request.message, request.last_token_at
         itl, ttft = self._promises["batch" if message.slo_class == "batch" else "interactive"]
@@ -169,6 +170,7 @@ class RequestBook:
             running=request.blocks is not None,
             blocks_shared=self._shared(request),
             adapter_pages=adapter_pages,
+            adapter_kept_out=adapter_kept_out,
         )
 
     def _shared(self, request: Request) -> int:

@@ -215,8 +215,7 @@ class Runner:
         """Count a request's rows and take its token."""
         request, rows, work = reading.request, reading.rows, outcome.work
         if not reading.finite:
-            outcome.failed[request.id] = _not_finite(request)
-            outcome.disturbed = True
+            outcome.failed[request.id] = _not_finite(request)  # its rows ran as planned
             return
         if request.output and len(request.tokens) - request.computed == 1:
             work.decode += rows

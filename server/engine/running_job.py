@@ -43,6 +43,11 @@ class RunningJob:
         return None if self.job is None else self.job.tenant
 
     @property
+    def priority(self) -> str | None:
+        """None before it has been opened."""
+        return None if self.job is None else self.job.priority
+
+    @property
     def due(self) -> bool:
         """Whether its next rows may go into a sweep; a lean job has one at a time."""
         return bool(self.waiting) and self.stop is None and not (self.lean and self.sweeps)

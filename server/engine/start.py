@@ -25,6 +25,7 @@ from coserve.server.engine.load import LoadedModel, ModelRefused, load_model
 from coserve.server.engine.loop import Engine
 from coserve.server.engine.options import EngineOptions
 from coserve.server.engine.prefix_cache import BlockManager
+from coserve.server.engine.readings import LOGIT_ROWS
 from coserve.server.engine.requests import RequestBook
 from coserve.server.engine.runner import Runner
 from coserve.server.engine.shapes import layer_shapes
@@ -86,6 +87,8 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
     loader = AdapterLoader(read, options.adapter_cache_bytes())
     adapters = AdapterBook(pool, loader, options.data_dir)
 
+    most = SchedulerConfig()
+    model.compile_products(most.max_chunk + options.running() + options.window(), max(LOGIT_ROWS, most.head_rows))
     calibrated = RequestBook(blocks, 1.0, 1.0)
     cores = CoreSharing() if model.device.type == "cpu" else None
     graphs = _decode_graphs(loaded, cache, pool)
@@ -93,7 +96,7 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
     calibration = Calibration(model, trial, calibrated, loaded.max_model_len)
     step = calibration.measure(options.window())
     itl, ttft = _promises(options, step)
-    scheduler = policy(SchedulerConfig(itl_seconds=itl))
+    scheduler = policy(SchedulerConfig(itl_seconds=itl, floor_share=options.floor_share))
     calibration.teach(scheduler)
     log.info("decode step at four streams %.1f ms; inter-token promise %.0f ms, first token %.0f ms",
              step * 1e3, itl * 1e3, ttft * 1e3)  # fmt: skip

@@ -7,6 +7,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import ceil, inf
 from typing import Any
 
 from coserve.server.gateway.adapter_folders import read_config
@@ -213,11 +214,12 @@ class JobService:
             turns = in_turns(queue, Counter(job.tenant for job in running))
             places = {one.job_id: place for place, one in enumerate(turns, start=1)}
             free = self._most_running - len(running)
-            ends = sorted(job.progress.get("eta_seconds") or 0.0 for job in running)
+            etas = [job.progress.get("eta_seconds") for job in running]
+            ends = sorted(inf if eta is None else eta for eta in etas)
         return [replace(job, progress={**job.progress, **self._moment(job, places, free, ends)}) for job in jobs]
 
     def _moment(self, job: Job, places: Mapping[str, int], free: int, ends: Sequence[float]) -> dict[str, Any]:
-        """`ends`: seconds that the running jobs still take, as far as they know."""
+        """`ends`: seconds that the running jobs still take, those last that do not know."""
         if job.status == QUEUED:
             place = places.get(job.id)
             reason = f"waiting for a slot: at most {self._most_running} jobs run at once"
@@ -233,8 +235,10 @@ class JobService:
 
 
 def _nth(ends: Sequence[float], place: int) -> float | None:
-    """When so many slots will have become free, if jobs that begin meanwhile take longer; None where nobody knows."""
-    return ends[place - 1] or None if place <= len(ends) else None
+    """When so many slots will have become free, if jobs that begin meanwhile take longer; None where nobody knows. In
+    whole tens of seconds: another tenant's job is nobody's to watch."""
+    seconds = ends[place - 1] if place <= len(ends) else inf
+    return None if seconds == inf else 10.0 * ceil(seconds / 10.0)
 
 
 def _unordered(value: Any) -> Any:

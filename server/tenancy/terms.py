@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from coserve.server.wire.messages import EngineReady, TenantShare
 
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Part = Annotated[float, Field(gt=0, le=1)]
+Part = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 # OpenAI's tiers, and the scheduler's class of each.
 TIERS: Mapping[str, str] = {
@@ -24,7 +24,7 @@ class TenantTerms(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    weight: Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)] = 1.0
     ttft_ms: Milliseconds | None = None
     itl_ms: Milliseconds | None = None
     batch_ttft_ms: Milliseconds | None = None
@@ -68,13 +68,13 @@ class Terms:
     ) -> Promise:
         """What a request of the tenant is promised that asks for these milliseconds. Raises TooTight."""
         own = self._tenants.get(tenant_name, TenantTerms())
+        best = own.ttft_ms or 1e3 * engine.slo_ttft_seconds, own.itl_ms or 1e3 * engine.slo_itl_seconds
         if slo_class == "batch":
+            # Unless the tenant's entry says so, no batch request is promised more than an interactive one.
             best = (
-                own.batch_ttft_ms or 1e3 * engine.slo_batch_ttft_seconds,
-                own.batch_itl_ms or 1e3 * engine.slo_batch_itl_seconds,
+                own.batch_ttft_ms or max(1e3 * engine.slo_batch_ttft_seconds, best[0]),
+                own.batch_itl_ms or max(1e3 * engine.slo_batch_itl_seconds, best[1]),
             )
-        else:
-            best = own.ttft_ms or 1e3 * engine.slo_ttft_seconds, own.itl_ms or 1e3 * engine.slo_itl_seconds
         ttft = _within("ttft_ms", ttft_ms, best[0])
         return Promise(slo_class, ttft / 1e3, _within("itl_ms", itl_ms, best[1]) / 1e3)
 

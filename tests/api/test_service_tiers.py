@@ -80,6 +80,17 @@ def test_a_tenants_terms_go_with_its_requests_and_jobs_and_with_nobody_elses(tmp
     in_world(tmp_path, scenario, tenants=TENANTS, tenant_prefix_share=0.25)
 
 
+def test_a_batch_request_is_promised_no_more_than_an_interactive_one_of_its_tenant(tmp_path):
+    async def scenario(world):
+        batch, _ = await sent(world, service_tier="flex")
+        assert (batch.ttft_seconds, batch.itl_seconds) == (30.0, 0.4)
+        said, _ = await sent(world, 2, client=world.b, service_tier="flex")
+        assert (said.ttft_seconds, said.itl_seconds) == (20.0, 0.2), "but where its entry says so"
+
+    slow = {"ttft_ms": 30_000, "itl_ms": 400}
+    in_world(tmp_path, scenario, tenants={"a": slow, "b": {"ttft_ms": 30_000, "batch_ttft_ms": 20_000}})
+
+
 def test_who_waits_is_told_where_and_why_and_sees_only_its_own(tmp_path):
     async def scenario(world):
         async with listening(world) as port:

@@ -89,6 +89,33 @@ def test_a_preempted_request_gives_its_adapters_place_up_and_takes_it_again(tmp_
     assert_greedy_equal(model, prompt(60, 2), got)
 
 
+def test_a_large_adapter_gets_its_turn_among_small_ones_that_never_stop(tmp_path):
+    for i in range(4):
+        save_adapter(tmp_path / f"a{i}", "llama", 4, seed=i)
+    save_adapter(tmp_path / "large", "llama", 32, seed=9)
+    probe = SteppedEngine(tmp_path)
+    small, large = [probe.ref(f"a{i}") for i in range(4)], probe.ref("large")
+    probe.submit("r", prompt(5, 0), large)
+    outcome(probe, "r")
+    engine = SteppedEngine(tmp_path, pool_bytes=probe.pool.bytes_used + probe.pool.bytes_used // 8)
+    sent = 0
+
+    def keep_busy() -> bool:
+        """Requests of three small adapters, always."""
+        nonlocal sent
+        while len(engine.requests) < 4:
+            engine.submit(f"r{sent}", prompt(5, sent), small[sent % 4], max_tokens=20)
+            sent += 1
+        return sent > 8
+
+    engine.until(keep_busy)
+    engine.submit("large", prompt(5, 1), large, max_tokens=4)
+    engine.until(lambda: keep_busy() and engine.requests.get("large") is None, seconds=6)
+    assert len(engine.tokens("large")) == 4
+    engine.until(lambda: not len(engine.requests))
+    engine.pool.check()
+
+
 def pinned(engine: SteppedEngine, call: int, *refs) -> dict[str, str]:
     """Pin these and no others; what was refused."""
     engine.intake._handlers[PinAdapters](PinAdapters(call, refs))

@@ -6,6 +6,7 @@ import pytest
 from engine_process import EngineProcess
 from peft_oracle import prompt, save_adapter
 from safetensors.torch import load_file, save_file
+from stepped_engine import SteppedEngine
 from tiny_models import save_tiny_model
 
 from coserve.server.wire.messages import AdapterChecked, AdapterRef, CheckAdapter, Failed
@@ -50,10 +51,15 @@ def test_a_request_that_raises_fails_alone(model_folder, tmp_path):
         assert engine.alive and engine.pid == pid
 
 
-def test_an_adapter_that_overflows_fails_its_request_alone(model_folder, tmp_path):
-    folder = save_adapter(tmp_path / "huge", "llama", 4, seed=1)
+def save_huge_adapter(folder):
+    """Its numbers are finite, what it makes of the model's is not."""
+    save_adapter(folder, "llama", 4, seed=1)
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({name: tensor * 1e36 for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+def test_an_adapter_that_overflows_fails_its_request_alone(model_folder, tmp_path):
+    save_huge_adapter(tmp_path / "huge")
     with EngineProcess(model_folder, tmp_path, kv_memory=2**20) as engine:
         pid = engine.pid
         engine.send(CheckAdapter(1, "huge"))
@@ -71,6 +77,19 @@ def test_an_adapter_that_overflows_fails_its_request_alone(model_folder, tmp_pat
         assert engine.finish("beside") == [want]
         assert engine.generate(prompt(60, 0), max_tokens=40, salt="third") == want
         assert engine.alive and engine.pid == pid
+
+
+@pytest.mark.parametrize("fault", ["overflow", "raise"])
+def test_an_iteration_that_fails_a_request_is_paid_by_its_tenant(tmp_path, fault):
+    """Else a tenant with a broken adapter would always go first. It is learned from where it ran as planned."""
+    save_huge_adapter(tmp_path / "huge")
+    engine = SteppedEngine(tmp_path)
+    scheduler = engine.engine._scheduler
+    engine.submit("bad", [5, 10_000] if fault == "raise" else prompt(40, 1), engine.ref("huge"))
+    engine.until(lambda: engine.requests.get("bad") is None)
+    assert any(isinstance(m, Failed) and m.request_id == "bad" for m in engine.socket.sent)
+    assert scheduler.share.served("t") > 0.0
+    assert scheduler.model.observations == (fault == "overflow")
 
 
 def test_an_answer_that_fits_no_message_fails_its_request_alone(tmp_path):

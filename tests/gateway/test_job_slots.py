@@ -1,6 +1,7 @@
 """Which jobs run and how many may wait: slots and the queue's bounds, against a scripted engine."""
 
 import asyncio
+from math import ceil
 
 import httpx
 from scripted_engine import in_world
@@ -32,6 +33,31 @@ def test_slots_are_handed_out_first_come_first_served(tmp_path):
         assert jobs[4] not in world.engine.started(), "the slot is free only when the engine let go"
         world.engine.tell(jobs[0], "cancelled", "cancelled", step=0)
         await world.started(jobs[4])
+
+    in_world(tmp_path, scenario, max_jobs_running=2)
+
+
+def test_a_wait_is_told_in_tens_of_seconds_and_by_those_jobs_that_know_when_they_end(tmp_path):
+    async def scenario(world):
+        file = await world.upload()
+        knows, new, *waiting = [(await world.create(file=file))["id"] for _ in range(4)]
+        for job_id in (knows, new):
+            await world.started(job_id)
+            world.engine.tell(job_id, "started", "Fine-tuning job started", total_steps=10**6)
+            await world.status(job_id, "running")
+        world.engine.tell(knows, "step", step=1, total_steps=10**6, tokens=9, train_loss=1.0)
+
+        async def progress(job_id):
+            return (await world.job(job_id))["progress"]
+
+        async def pace_is_known():
+            return (await progress(knows))["eta_seconds"]
+
+        seconds = await world.until(pace_is_known)
+        for job_id in waiting:
+            await world.status(job_id, "queued")
+        told = [(await progress(job_id))["expected_wait_seconds"] for job_id in waiting]
+        assert seconds > 0.0 and told == [10.0 * ceil(seconds / 10.0), None]
 
     in_world(tmp_path, scenario, max_jobs_running=2)
 

@@ -44,6 +44,13 @@ def test_sizes(text, value):
         ({"model": "m"}, {"COSERVE_PORT": "http"}, "COSERVE_PORT"),
         ({"model": "m", "port": 70000}, {}, "--port"),
         ({"model": "m", "modle": "n"}, {}, "modle"),
+        ({"model": "m", "slo_itl_ms": "inf"}, {}, "--slo-itl-ms cannot be used: must be a finite number"),
+        ({"model": "m"}, {"COSERVE_TENANT_KV_SHARE": "nan"}, "COSERVE_TENANT_KV_SHARE .*finite"),
+        ({"model": "m"}, {"COSERVE_GRACE_SECONDS": "nan"}, "COSERVE_GRACE_SECONDS .*finite"),
+        ({"model": "m"}, {"COSERVE_TENANTS": '{"a": {"weight": NaN}}'}, "tenants.a.weight .*COSERVE_TENANTS .*finite"),
+        ({"model": "m"}, {"COSERVE_TENANTS": '{"a": {"weight": 1e4}}'}, "tenants.a.weight .*at most 1000"),
+        ({"model": "m"}, {"COSERVE_TENANTS": '{"a": {"weight": 1e-9}}'}, "tenants.a.weight .*at least 0.001"),
+        ({"model": "m"}, {"COSERVE_TENANTS": '{"a": {"kv_share": NaN}}'}, "tenants.a.kv_share .*finite"),
         ({"model": "m"}, {"COSERVE_CONFIG": "/nowhere/at/all.toml"}, "/nowhere/at/all.toml"),
     ],
 )

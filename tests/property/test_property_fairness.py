@@ -30,6 +30,7 @@ class Contest:
     seed: int
     doors: set[str]
     weights: dict[str, float]
+    trains_first: bool = False  # b has no requests yet
     service: dict[str, float] = field(default_factory=lambda: {"a": 0.0, "b": 0.0})
     gaps: list[float] = field(default_factory=list)  # a's weighted service less b's, after each iteration
     dearest_row: float = 0.0  # seconds
@@ -55,7 +56,8 @@ class Contest:
         """Keep both tenants' queues filled."""
         r, world = self.random, self.world
         for tenant, depth, sizes, live in (("a", 10, (20, MOST_ROWS - 6), 4), ("b", 2, (1, 4), 4)):
-            while "requests" in self.doors and sum(s.tenant == tenant and not s.running for s in world.streams) < depth:
+            asks = "requests" in self.doors and not (tenant == "b" and self.trains_first)
+            while asks and sum(s.tenant == tenant and not s.running for s in world.streams) < depth:
                 self.sent += 1
                 world.streams.append(
                     Stream(f"{tenant}{self.sent}", world.now, r.randint(*sizes), r.randint(1, 6), tenant=tenant,
@@ -112,6 +114,24 @@ def check(seed: int, iterations: int) -> None:
     assert max(contest.gaps) - min(contest.gaps) <= contest.bound
     told = {t: contest.scheduler.share.served(t) * w for t, w in contest.weights.items()}
     assert sum(told.values()) == pytest.approx(sum(contest.service.values()), rel=1e-6), "seconds that nobody paid"
+
+
+def check_late_asker(seed: int, iterations: int) -> None:
+    """Time that a tenant only trained in what another one's requests left gives it no claim to prompts."""
+    contest = Contest(seed, {"requests", "training"}, {"a": 1.0, "b": 1.0}, trains_first=True)
+    for _ in range(iterations):
+        contest.step()
+    contest.trains_first = False
+    contest.gaps.clear()
+    for _ in range(iterations):
+        contest.step()
+    assert max(contest.gaps) - min(contest.gaps) <= contest.bound
+
+
+@settings(max_examples=12, **QUIET)
+@given(SEEDS)
+def test_who_only_trained_starts_to_ask_beside_the_others(seed: int) -> None:
+    check_late_asker(seed, 200)
 
 
 @settings(max_examples=40, **QUIET)

@@ -63,6 +63,25 @@ def test_who_comes_to_an_empty_server_begins_where_the_last_ones_left() -> None:
     assert share.served("c") == 10.0 - CREDIT
 
 
+def test_who_only_trains_is_no_measure_for_who_asks_and_saves_up_nothing() -> None:
+    training = (sweep(jobs=(SweepJob("j", "t", 1.0, "low"),)),)
+
+    def there(*tenants: str):
+        return replace(state(*(request("w1", tenant=t) for t in tenants)), sweeps=training)
+
+    share = FairShare(CREDIT, 60.0)
+    share.meet(there("a"))
+    share.charge({"a": 50.0, "t": 1.0})
+    share.meet(there("a", "b"))
+    assert share.served("b") == 50.0 - CREDIT and share.is_least("b") and not share.is_least("a")
+    share.meet(there())
+    share.meet(there("c"))
+    assert share.served("c") == 50.0 - 2 * CREDIT, "nor does it matter that nobody asked meanwhile"
+    assert share.served("t") == 1.0 < share.served("new") + 2 * CREDIT, "who comes to train begins beside who trains"
+    share.meet(there("c", "t"))
+    assert share.served("t") == 50.0 - 3 * CREDIT
+
+
 def test_charges_are_divided_by_weight_and_strangers_pay_nothing() -> None:
     share = share_of({"a": 0.0, "b": 0.0}, {"a": 3.0})
     share.charge({"a": 6.0, "b": 6.0, "calibration": 9.0})

@@ -121,6 +121,18 @@ def test_a_long_blocked_adapter_drains_the_pool() -> None:
     assert chunks(made) == {"w3": 20, "w4": 20, "w5": 20}
 
 
+def test_an_adapter_that_has_a_place_and_no_room_drains_the_pool() -> None:
+    scheduler = Scheduler(SchedulerConfig(itl_seconds=1e6, drain_after=1.0))
+    busy = [stream("s1", adapter="a"), request("w2", adapter="large", adapter_ready=False, adapter_kept_out=True)]
+    newer = [request("w3", adapter="a"), request("w4", adapter="b"), request("w5")]
+    assert chunks(scheduler.plan(state(*busy, *newer, now=100.0, adapters=9))) == {"w3": 20, "w4": 20, "w5": 20}
+    later = state(*busy, *newer, now=101.5, adapters=9)
+    assert chunks(scheduler.plan(later)) == {"w5": 20}, "only the base passes while the pool drains"
+    assert "those in use" in scheduler.queue(later)[0].reason
+    there = replace(busy[1], adapter_ready=True, adapter_kept_out=False)
+    assert chunks(scheduler.plan(state(there, *newer, now=101.6, adapters=9))).keys() == {"w2", "w3", "w4", "w5"}
+
+
 def test_a_chunk_keeps_running_streams_inside_their_budget_and_goes_on_over_it_only_when_late() -> None:
     scheduler = Scheduler(SchedulerConfig(itl_seconds=0.3))
     sample = state(*(stream(f"s{i}") for i in range(4)), prompt("p9", 0, 1000, blocks=80))
@@ -130,9 +142,10 @@ def test_a_chunk_keeps_running_streams_inside_their_budget_and_goes_on_over_it_o
         scheduler.observe(made, sample, 0.05 + 0.001 * rows)
     now = 100.0
 
-    def at(budget: float, deadline: float) -> int:
+    def at(budget: float, deadline: float, *behind: RequestState) -> int:
         streams = [replace(stream(f"s{i}"), itl_deadline=now + budget) for i in range(4)]
-        made = scheduler.plan(state(*streams, prompt("p9", 0, 1000, blocks=80, ttft_deadline=deadline), now=now))
+        first = prompt("p9", 0, 1000, blocks=80, ttft_deadline=deadline)
+        made = scheduler.plan(state(*streams, first, *behind, now=now))
         assert len(made.decodes) == 4
         return sum(chunks(made).values())
 
@@ -140,5 +153,11 @@ def test_a_chunk_keeps_running_streams_inside_their_budget_and_goes_on_over_it_o
     assert 32 <= at(0.15, now + 1e6) < 100
     assert at(0.03, now + 1e6) == 0, "no room and no hurry"
     assert at(0.03, now + 0.5) == 16, "the first token would be late"
+    behind = request("w10", tenant="other", ttft_deadline=now + 0.5)
+    assert at(0.03, now + 1e6, behind) == 16, "that of a prompt behind it would be"
+    assert at(0.03, now + 1e6, replace(behind, ttft_deadline=now + 1e6)) == 0
+    assert at(0.03, now + 1e6, replace(behind, adapter="a", adapter_ready=False)) == 0, "that waits for something else"
+    places = [prompt(f"p{i}", 0, 20, blocks=2, adapter="a", adapter_ready=False) for i in (11, 12, 13)]
+    assert at(0.03, now + 1e6, *places, behind) == 0, "nor is a place in the candidates' hands"
     alone = scheduler.plan(state(prompt("p9", 0, 1000, blocks=80), now=now))
     assert chunks(alone) == {"p9": 512}, "without streams nothing is held back"

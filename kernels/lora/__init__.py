@@ -1,8 +1,7 @@
 """LoRA terms of several adapters, added to the rows of one packed batch."""
 
-from coserve.kernels.lora.dispatch import lora_add
 from coserve.kernels.lora.pages import PagedTerms, PageTable, SitePages
 from coserve.kernels.lora.reference import LoraSegment
 from coserve.kernels.lora.routing import Routing, RowRange, route
 
-__all__ = ["LoraSegment", "PageTable", "PagedTerms", "Routing", "RowRange", "SitePages", "lora_add", "route"]
+__all__ = ["LoraSegment", "PageTable", "PagedTerms", "Routing", "RowRange", "SitePages", "route"]

@@ -20,7 +20,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def paged_lora_add(y: Tensor, x: Tensor, terms: PagedTerms, *, in_place: bool = False) -> Tensor:
-    """y [T, sum of out widths] + the terms of x [T, in]; see `coserve.kernels.lora.lora_add`.
+    """y [T, sum of out widths] + the terms of x [T, in]; rows of no range stay as they are.
+
+    Differentiable in x, y and the terms' perturbations: a new tensor under autograd, without it y, changed in place.
 
     Args:
         in_place: y may be changed under autograd, too: nobody else needs its values.

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from coserve.kernels.lora.reference import LoraSegment
 from coserve.kernels.lora.routing import Routing
 
 A, B = 1, 2  # columns of SitePages.index that say where the tensor's list of pages begins
@@ -91,7 +90,7 @@ class SitePages:
 
 @dataclass(frozen=True, slots=True)
 class PagedTerms:
-    """The adapters' terms of one batch at one launch's sites: the counterpart of a list of `LoraSegment`."""
+    """The adapters' terms of one batch at one launch's sites: what a list of `LoraSegment` is to the reference."""
 
     routing: Routing
     pages: SitePages
@@ -111,26 +110,3 @@ class PagedTerms:
     def __len__(self) -> int:
         """Rows with an adapter; 0 where there is nothing to add."""
         return len(self.routing.rows) if self.pages.max_rank else 0
-
-    def segments(self, slice_number: int) -> list[LoraSegment]:
-        """The same terms for the plain-torch reference: pairs gathered from their pages."""
-        pairs: dict[int, tuple[Tensor, Tensor, float]] = {}
-        found = []
-        for number, r in enumerate(self.routing.ranges):
-            if r.start == r.end or not self.pages.ranks[slice_number][r.adapter]:
-                continue
-            if r.adapter not in pairs:
-                pairs[r.adapter] = self._pair(slice_number, r.adapter)
-            a, b, scaling = pairs[r.adapter]
-            drop = self.dropout[number] if self.dropout else None
-            found.append(LoraSegment(r.start, r.end, a, b, scaling, drop))
-        return found
-
-    def _pair(self, slice_number: int, adapter: int) -> tuple[Tensor, Tensor, float]:
-        a, b, scaling = self.pages.pair(slice_number, adapter)
-        if not self.perturbations:
-            return a, b, scaling
-        first = sum(self.pages.ranks[slice_number][:adapter])
-        rows = slice(first, first + a.shape[0])
-        add_a, add_b = (leaf[rows] for leaf in self.perturbations[2 * slice_number : 2 * slice_number + 2])
-        return (a + add_a).to(a.dtype), (b + add_b).to(b.dtype), scaling

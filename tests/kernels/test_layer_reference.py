@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from coserve.kernels.layer import gated, rms_norm, rope
+from coserve.kernels.layer.reference import gated, rms_norm, rope
 
 torch.set_num_threads(1)
 

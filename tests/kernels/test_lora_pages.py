@@ -1,4 +1,4 @@
-"""Routing and page tables, and paged terms through plain torch: what a CPU runs, with no Triton at all."""
+"""Routing and page tables, with no Triton at all."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import sys
 
 import pytest
 import torch
-from kernel_device import fresh_seed, relative_error
 from paged_adapters import PagedAdapters
 
-from coserve.kernels.lora import PagedTerms, RowRange, lora_add, route
+from coserve.kernels.lora import PagedTerms, RowRange, route
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -60,24 +59,6 @@ def test_a_pair_of_other_widths_than_its_site_is_refused():
     pool = PagedAdapters([2], {"q": (20, 12)}, torch.float32, CPU, page_elements=64, seed=1).pool
     with pytest.raises(ValueError, match=r"q is \(24, 12\) wide \(in, out\), the pair of 0 \(20, 12\)"):
         pool.page_table(["0"], {"q": (24, 12)})
-
-
-def test_paged_terms_on_a_cpu_equal_segments():
-    seed = fresh_seed()
-    sites = {"q": (20, 12), "k": (20, 8)}
-    adapters = PagedAdapters([3, {"k": 9, "q": 2}, {"q": 1}], sites, torch.float64, CPU, page_elements=17, seed=seed)
-    ranges = [RowRange(0, 3, 2), RowRange(5, 10, 0), RowRange(10, 11, 1)]
-    generator = torch.Generator().manual_seed(seed)
-    x, y, wanted = (torch.randn(12, n, generator=generator, dtype=torch.float64) for n in (20, 20, 20))
-    pages = adapters.table().at(0, 2)
-    want, oracle = adapters.oracle(y, x, ranges, wanted)
-    with torch.no_grad():
-        assert relative_error(lora_add(y.clone(), x, PagedTerms(route(ranges, 3), pages)), want) < 1e-14
-    leaves = pages.perturbations(torch.float64)
-    y, x = y.requires_grad_(), x.requires_grad_()
-    out = lora_add(y, x, PagedTerms(route(ranges, 3), pages, perturbations=leaves))
-    for g, w in zip(torch.autograd.grad((out * wanted).sum(), [y, x, *leaves]), oracle, strict=True):
-        assert relative_error(g, w) < 1e-13
 
 
 def test_terms_that_contradict_themselves_are_refused():

@@ -6,7 +6,7 @@
 starts five finetuning jobs as well. Shown is B's time to first token, at the client, and what each had.
 
 *Weights*: A and B each keep more requests waiting than run, all alike, at weights 1:1 and 3:1; what A had ÷ what B had,
-in output tokens.
+in output tokens, from when both had all their clients' first tokens until one of them ended.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness import Report, load_average, machine, parser, percentile, ratio, say, weight_shapes
-from live import Job, Server, random_prompts, training_rows
+from live import Job, Load, Server, random_prompts, training_rows
 from peers.completions import Completions
 
 MORE, JOBS = 10, 5
@@ -146,21 +146,25 @@ def by_weight(arguments: Any, vocabulary: int, weight: int) -> dict[str, float]:
     say(f"weights {weight}:1")
     environment = {"COSERVE_TENANTS": json.dumps({"a": {"weight": weight}, "b": {"weight": 1}})}
     with Server(arguments.model, arguments.threads, environment=environment, max_running=RUNNING) as server:
-        had: dict[str, float] = {}
+        loads: dict[str, Load] = {}
 
         def keep_waiting(name: str, seed: int) -> None:
             prompts = random_prompts(random.Random(seed), arguments.prompt, vocabulary)
-            load = server.load(
+            loads[name] = server.load(
                 2 * RUNNING, arguments.seconds, prompts, arguments.new_tokens, client_of=server.tenant(name)
             )
-            had[name] = load.tokens_per_second
 
         both = [threading.Thread(target=keep_waiting, args=(name, seed)) for name, seed in (("a", 1), ("b", 2))]
         for one in both:
             one.start()
         for one in both:
             one.join()
-    return had
+    began, ended = max(load.began for load in loads.values()), min(load.ended for load in loads.values())
+    return {name: _tokens(load, began, ended) / (ended - began) for name, load in loads.items()}
+
+
+def _tokens(load: Load, began: float, ended: float) -> int:
+    return sum(count for now, count, _ in load.pieces if began <= now < ended)
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the device: one flat tensor in pages of equal size, and who is resident in it.
+"""Low-rank adapters on the device, and who is resident: copied in, kept while in use, evicted when idle.
 
 Every LoRA tensor, A as rank rows [r, in] and B as rank rows [r, out], lies row-major over its own list of
 pages; element (i, j) is element (i * width + j) % page_elements of page number (i * width + j) // page_elements
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from coserve.kernels.lora import PageTable
-from coserve.kernels.transfer import integers
+from coserve.server.engine.adapter_pages import AdapterPages
 from coserve.server.engine.host_image import HostImage, Weights, folded
-from coserve.server.engine.kv_cache import BlockAllocator
-from coserve.server.engine.page_tables import PagedSites, PagedTensor, PageTables
+from coserve.server.engine.page_tables import PagedSites, PageTables
 
 
 class PoolFull(RuntimeError):
@@ -71,25 +70,22 @@ class AdapterPool:
         if self.num_pages < 1:
             raise ValueError(f"{num_bytes} bytes hold no page of {self.page_bytes}: raise --adapter-memory")
         self.dtype = dtype
-        # Free pages are zero, from here on and whenever one is given back.
-        self._flat = torch.zeros(self.num_pages * page_elements, dtype=dtype, device=device)
-        self._allocator = BlockAllocator(self.num_pages)
-        self._tables = PageTables(self._flat, page_elements)
-        self._side = torch.cuda.Stream(device) if self._flat.is_cuda else None
+        self._pages = AdapterPages(self.num_pages, page_elements, dtype, device)
+        self._tables = PageTables(self._pages.flat, page_elements)
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
 
     @property
     def flat(self) -> Tensor:
         """[num_pages * page_elements], the pool itself: to be read."""
-        return self._flat
+        return self._pages.flat
 
     @property
     def device(self) -> torch.device:
-        return self._flat.device
+        return self._pages.flat.device
 
     @property
     def pages_free(self) -> int:
-        return self._allocator.free_blocks
+        return self._pages.free
 
     @property
     def bytes_used(self) -> int:
@@ -101,7 +97,7 @@ class AdapterPool:
         return self.pages_free + sum(r.pages for r in self._residents.values() if _idle(r))
 
     def pages_wanted(self, weights: Weights) -> int:
-        return sum(self._tensor_pages(pair.a) + self._tensor_pages(pair.b) for pair in weights.values())
+        return sum(self._pages.wanted(pair.a) + self._pages.wanted(pair.b) for pair in weights.values())
 
     @property
     def pages_kept(self) -> int:
@@ -149,15 +145,15 @@ class AdapterPool:
         fold = fold_scaling and not isinstance(weights, HostImage)  # an image's is folded already
         values = {name: folded(pair) if fold else (pair.a, pair.b, pair.scaling) for name, pair in weights.items()}
         self._evict_until(wanted)
-        sites = {site: (self._place(a), self._place(b), scaling) for site, (a, b, scaling) in values.items()}
-        self._residents[key] = _Resident(sites, wanted, pinned)
+        sites = {site: (self._pages.take(a), self._pages.take(b), scaling) for site, (a, b, scaling) in values.items()}
+        resident = self._residents[key] = _Resident(sites, wanted, pinned)
         try:
             if isinstance(weights, HostImage):
-                self._write_pages(self._residents[key], weights)
+                resident.arrival = self._pages.write_image(_page_numbers(resident), weights)
                 return
             for site, (a, b, _) in values.items():
-                self._write(sites[site][0], a)
-                self._write(sites[site][1], b)
+                self._pages.write(sites[site][0], a)
+                self._pages.write(sites[site][1], b)
         except Exception:
             self._drop(key)  # memory ran out: its pages go back
             raise
@@ -245,7 +241,7 @@ class AdapterPool:
         if entry is None:
             return None
         a, b, scaling = entry
-        return self._read(a), self._read(b), scaling
+        return self._pages.read(a), self._pages.read(b), scaling
 
     def rank(self, key: str, site: str) -> int:
         entry = self._residents[key].sites.get(site)
@@ -274,63 +270,18 @@ class AdapterPool:
         for name, stored, new in (("A", stored_a, a), ("B", stored_b, b)):
             if tuple(new.shape) != (stored.rows, stored.width):
                 raise ValueError(f"{site}: {name} is {[stored.rows, stored.width]} in the pool, got {list(new.shape)}")
-        self._write(stored_a, a)
-        self._write(stored_b, b)
+        self._pages.write(stored_a, a)
+        self._pages.write(stored_b, b)
 
     def check(self) -> None:
         """Raise RuntimeError unless every page is accounted for and every free page is zero."""
-        held = [t.pages for r in self._residents.values() for a, b, _ in r.sites.values() for t in (a, b)]
-        self._allocator.check(held)
-        used = {page for pages in held for page in pages}
-        free = [page for page in range(self.num_pages) if page not in used]
-        if free and bool(self._flat.view(self.num_pages, -1)[free].any()):
-            raise RuntimeError("a free page of the adapter pool is not zero")
-
-    def _tensor_pages(self, tensor: Tensor) -> int:
-        return -(-tensor.numel() // self.page_elements)
+        self._pages.check([t.pages for r in self._residents.values() for a, b, _ in r.sites.values() for t in (a, b)])
 
     def _evict_until(self, pages: int) -> None:
         for key in [key for key, resident in self._residents.items() if _idle(resident)]:
             if self.pages_free >= pages:
                 return
             self._drop(key)
-
-    def _place(self, tensor: Tensor) -> PagedTensor:
-        """Pages for a tensor of this shape, not yet written."""
-        rows, width = tensor.shape
-        pages = tuple(self._allocator.allocate(self._tensor_pages(tensor)))
-        return PagedTensor(rows, width, pages, self._flat, self.page_elements)
-
-    def _write(self, stored: PagedTensor, tensor: Tensor) -> None:
-        tensor = tensor.detach()
-        if stored.consecutive:
-            stored.where.copy_(tensor)
-            return
-        padded = self._flat.new_zeros(len(stored.pages) * self.page_elements)
-        padded[: tensor.numel()].copy_(tensor.reshape(-1))
-        self._flat.view(self.num_pages, -1)[stored.where] = padded.view(len(stored.pages), -1)
-
-    def _write_pages(self, resident: _Resident, image: HostImage) -> None:
-        """One copy and one scatter; on CUDA beside the iterations, on a stream of their own."""
-        numbers = _page_numbers(resident)
-        by_page = self._flat.view(self.num_pages, -1)
-        if self._side is None:
-            by_page[torch.tensor(numbers, device=self.device)] = image.pages.to(self.device)
-            return
-        index = integers(numbers, self.device, torch.int64)
-        # Who had these pages before has read them, and they have been cleared, once the queue has come to here.
-        self._side.wait_stream(torch.cuda.current_stream(self.device))
-        index.record_stream(self._side)
-        with torch.cuda.stream(self._side):
-            by_page.index_copy_(0, index, image.pages.to(self.device, non_blocking=True))
-            resident.arrival = torch.cuda.Event()
-            resident.arrival.record(self._side)
-
-    def _read(self, stored: PagedTensor) -> Tensor:
-        if stored.consecutive:
-            return stored.where
-        gathered = self._flat.view(self.num_pages, -1).index_select(0, stored.where)
-        return gathered.view(-1)[: stored.rows * stored.width].view(stored.rows, stored.width)
 
     def _drop_if_over(self, key: str) -> None:
         resident = self._residents[key]
@@ -340,12 +291,7 @@ class AdapterPool:
     def _drop(self, key: str) -> None:
         resident = self._residents.pop(key)
         self._tables.forget(resident.sites)
-        if resident.arrival is not None:
-            torch.cuda.current_stream(self.device).wait_event(resident.arrival)
-        numbers = _page_numbers(resident)
-        self._flat.view(self.num_pages, -1).index_fill_(0, integers(numbers, self.device, torch.int64), 0)
-        for page in numbers:
-            self._allocator.free(page)
+        self._pages.give_back(_page_numbers(resident), resident.arrival)
 
 
 def default_page_elements(hidden_size: int) -> int:

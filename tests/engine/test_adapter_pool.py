@@ -86,7 +86,7 @@ def test_scattered_pages_read_back_and_are_overwritten():
     weights = adapter(50, 7, ["layers.0.down"])  # nine pages for A: more than any hole has
     pages.load("scattered", weights, fold_scaling=False)
     entry = pages.tensors("scattered", "layers.0.down")[0]
-    assert entry.untyped_storage().data_ptr() != pages._flat.untyped_storage().data_ptr(), "this case needs holes"
+    assert entry.untyped_storage().data_ptr() != pages.flat.untyped_storage().data_ptr(), "this case needs holes"
     same(pages, "scattered", weights, fold=False)
     new = adapter(51, 7, ["layers.0.down"])
     pages.overwrite("scattered", "layers.0.down", new["layers.0.down"].a, new["layers.0.down"].b)
@@ -113,7 +113,7 @@ def test_freed_pages_are_zero():
     pages.load("a", adapter(1))
     pages.unload("a")
     assert pages.bytes_used == 0
-    assert not pages._flat.any()
+    assert not pages.flat.any()
     pages.check()
 
 

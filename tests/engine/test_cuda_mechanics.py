@@ -70,7 +70,7 @@ def test_a_pass_that_waits_is_not_captured_and_nothing_else_is_lost(engine, monk
 
 
 def test_an_adapter_is_written_beside_the_iterations(engine):
-    assert engine.pool._side is not None
+    assert engine.pool._pages._side is not None
     engine.submit("x", prompt(9, 1), engine.ref("a"), max_tokens=2)
     engine.until(lambda: not len(engine.requests), seconds=120)
     assert engine.pool._residents[engine.ref("a").digest].arrival is not None and not engine.pool.arriving

@@ -42,8 +42,8 @@ class PagedAdapters:
         pages = sum(-(-n // page_elements) for n in elements)
         pool = AdapterPool((2 * pages + 2) * page_elements * dtype.itemsize, page_elements, dtype, device)
         # Every other page is taken, so that no list of pages is consecutive.
-        for page in pool._allocator.allocate(pool.num_pages)[::2]:
-            pool._allocator.free(page)
+        for page in pool._pages._allocator.allocate(pool.num_pages)[::2]:
+            pool._pages._allocator.free(page)
         for key, weights in zip(self.keys, self.pairs, strict=True):
             pool.load(key, weights, pinned=True, fold_scaling=False)
         self.pool, self.page_elements = pool, page_elements

@@ -60,6 +60,8 @@ def _shrink(
         offset = which * 0
         if PART == 2:
             offset = first_column(columns, which, SLICES)
+        if IN_ROW:
+            width, offset = tl.multiple_of(width, BLOCK_K), tl.multiple_of(offset, BLOCK_K)
         m = tl.arange(0, BLOCK_M)
         row = tl.load(rows + first + m, mask=m < length, other=0).to(tl.int64)
         total = tl.full([BLOCK_M, BLOCK_R], 0.0, tl.float32)
@@ -98,6 +100,8 @@ def _expand(
     offset = tl.program_id(2) * 0
     if PART == 2:
         offset = first_column(columns, tl.program_id(2), SLICES)
+    if IN_ROW:
+        width, offset = tl.multiple_of(width, BLOCK_N), tl.multiple_of(offset, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     ranks = 0
     total = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)

@@ -65,6 +65,8 @@ def _shrink_all(
         pages = tl.sum(tl.where(holds, lists, 0), 1)
         holder = tl.sum(tl.where(holds, adapter[None, :], 0), 1)
         width = tl.load(columns + which * 2)
+        if IN_ROW:
+            width = tl.multiple_of(width, BLOCK_K)
         row = tl.load(rows + m, mask=owner >= 0, other=0).to(tl.int64)
         total = tl.full([BLOCK_M, BLOCK_R], 0.0, tl.float32)
         steps = (width + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
@@ -109,8 +111,11 @@ def _expand_rows(
                 left = hidden_values(own, m, r, r < rank, row_count, max_rank, SPLITS)
                 right = rank_rows(flat, numbers, pages, r, rank, column, width, page_elements, BLOCK_N, IN_ROW)
                 total += tl.sum(left[:, None] * right.to(tl.float32), 0)
+            offset = first_column(columns, which, SLICES)
+            if IN_ROW:
+                width, offset = tl.multiple_of(width, BLOCK_N), tl.multiple_of(offset, BLOCK_N)
             n = column + tl.arange(0, BLOCK_N)
-            to = y + tl.load(rows + m).to(tl.int64) * y_stride + first_column(columns, which, SLICES) + n
+            to = y + tl.load(rows + m).to(tl.int64) * y_stride + offset + n
             total = total * tl.load(scaling + which * adapters + owner)
             total += tl.load(to, mask=n < width, other=0.0).to(tl.float32)
             tl.store(to, total.to(y.dtype.element_ty), mask=n < width)

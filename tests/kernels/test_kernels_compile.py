@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for a Hopper GPU, which needs no GPU: what the interpreter accepts, Triton may not.
 
-Says nothing about speed. The compiled code is looked at for two promises: no atomics, so that sums repeat bit for
-bit, and shared memory within what a multiprocessor has.
+Says nothing about speed. The compiled code is looked at for three promises: no atomics, so that sums repeat bit for
+bit; shared memory within what a multiprocessor has; 16 bytes a load where tiles lie inside pages.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from coserve.kernels.lora import per_row
 
 SHARED_BYTES = 227 * 1024  # of one multiprocessor, sm_90
 ATOMIC = re.compile(r"^\s*(@%p\d+ )?(atom|red)\.", re.MULTILINE)
+WIDE_LOAD = re.compile(r"cp\.async\.cg\.|ld\.global\.v4\.b32")
 # Pointers by name: to the model's dtype, to float32, to int32. Every other argument is an int32 or a constant.
 MODEL = {"x", "y", "flat", "right", "query", "keys", "values",
          "q", "k", "v", "grad", "dq", "dk", "dv", "dx", "dy", "weight", "cos", "sin",
@@ -107,11 +108,13 @@ def test_compiles_for_sm90(name, tmp_path, monkeypatch):
     aligned = {
         (n,): [["tt.divisibility", 16]]
         for n, (argument, kind) in enumerate(signature.items())
-        if kind.startswith("*") and argument not in free
+        if (kind.startswith("*") or argument in ("x_stride", "y_stride", "page_elements")) and argument not in free
     }
     compiled = triton.compile(ASTSource(function, signature, constants, aligned), target=GPUTarget("cuda", 90, 32))
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= SHARED_BYTES
     assert not ATOMIC.search(compiled.asm["ptx"])
+    if constants.get("IN_ROW"):
+        assert WIDE_LOAD.search(compiled.asm["ptx"])
     if model == "bf16" and function not in ELEMENTWISE:
         assert "mma" in compiled.asm["ptx"]  # the matrix unit, not multiply-adds one by one

@@ -27,8 +27,6 @@ from gpu_tables.orders import write_adapter
 from gpu_tables.stand import Stand
 from gpu_tables.table import Table
 
-_EVERYTHING = FamilyLimits(rows=1 << 20, rows_float32=1 << 20, rows_an_adapter=1 << 20)
-FAMILIES = {Family.GROUPED: None, Family.PER_ROW: _EVERYTHING}  # limits that leave no choice
 MIXED = (32, 8, 16, 64)  # the first one, which a batch of one adapter uses, is next to their mean
 
 
@@ -160,7 +158,8 @@ def _both_families(stand: Stand, bench: Bench, size: Size, table: Table, version
     for batch in size.small_batches:
         for adapters in sorted({1, max(1, batch // 4), batch}):
             chosen = versions.choose(Row("", adapters, "evenly", (16,)), batch)
-            for family, limits in FAMILIES.items():
+            all_rows = FamilyLimits(rows=batch, rows_float32=batch, rows_an_adapter=batch)
+            for family, limits in ((Family.GROUPED, None), (Family.PER_ROW, all_rows)):
                 base.backend = TritonBackend(limits)
                 found = _measure(stand, bench, replace(size, batch=batch), chosen)
                 _show(table, f"batch {batch}, {family.value}", "evenly", found, None, None)

@@ -3,7 +3,8 @@
 Row "off" is an engine with nothing in its adapter memory, measured first and last: what lies between its two rows is
 noise. All others have adapters resident; "on, unused" serves the base model to every request. Every version has pages
 of its own, whatever file it came from. The floor of a row counts the bytes of the adapters that its batch names: with
-many different ones they are a good part of the weights, and no kernel reads them for nothing.
+many different ones they are a good part of the weights, and no kernel reads them for nothing. Rows "batch N" are
+smaller batches, each in both families of LoRA launches, whichever of them the engine would choose.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness import ratio, say
 
+from coserve.kernels.lora import Family, FamilyLimits
 from coserve.server.engine.adapter_pool import default_page_elements
 from coserve.server.wire.messages import AdapterRef
 from gpu_tables.bench import Bench
@@ -38,10 +40,11 @@ class Size:
     rounds: int
     kv_memory: int
     adapter_memory: int
+    small_batches: tuple[int, ...]  # in both families
 
 
-FULL = Size(128, (1, 8, 32, 128), Steps((), (), 256, 32, 6, 0, 1), 8, 512, 5, 16 << 30, 32 << 30)
-TOY = Size(4, (1, 4), Steps((), (), 16, 4, 1, 0, 1), 2, 16, 2, 16 << 20, 32 << 20)
+FULL = Size(128, (1, 8, 32, 128), Steps((), (), 256, 32, 6, 0, 1), 8, 512, 5, 16 << 30, 32 << 30, (8, 32, 64))
+TOY = Size(4, (1, 4), Steps((), (), 16, 4, 1, 0, 1), 2, 16, 2, 16 << 20, 32 << 20, (2,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,7 @@ def run(bench: Bench) -> None:
             _aims(table, row, found, first, over_one, most=max(size.counts))
             if not row.adapters:
                 unused = found
+        _both_families(stand, bench, size, table, versions)
     last = _off(bench, size, table, "0, off again", first)
     table.aim("LoRA on but unused ÷ off, the mean of its two rows", 2 * unused.step / (first.step + last.step), 1.01)
     table.finish()
@@ -142,6 +146,26 @@ def _options(bench: Bench, size: Size) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _both_families(stand: Stand, bench: Bench, size: Size, table: Table, versions: Versions) -> None:
+    """Small batches with one adapter, with one for four requests, and with one for each; rank 16."""
+    base = bench.model.base
+    chooses = base.backend
+    if chooses.families is None:
+        table.notes.append("Plain torch has one family of LoRA launches: there is nothing to compare.")
+        return
+    from coserve.server.engine.triton_backend import TritonBackend  # here: it imports Triton
+
+    for batch in size.small_batches:
+        for adapters in sorted({1, max(1, batch // 4), batch}):
+            chosen = versions.choose(Row("", adapters, "evenly", (16,)), batch)
+            all_rows = FamilyLimits(rows=batch, rows_float32=batch, rows_an_adapter=batch)
+            for family, limits in ((Family.GROUPED, None), (Family.PER_ROW, all_rows)):
+                base.backend = TritonBackend(limits)
+                found = _measure(stand, bench, replace(size, batch=batch), chosen)
+                _show(table, f"batch {batch}, {family.value}", "evenly", found, None, None)
+    base.backend = chooses
+
+
 def _off(bench: Bench, size: Size, table: Table, name: str, first: Found | None) -> Found:
     """A row without adapters, from an engine whose adapter memory is one page."""
     page = default_page_elements(bench.geometry.hidden) * bench.dtype.itemsize
@@ -161,11 +185,11 @@ def _measure(stand: Stand, bench: Bench, size: Size, chosen: Sequence[AdapterRef
     return Found(len(distinct), steps.seconds, floor, reserved, prefill)
 
 
-def _show(table: Table, name: str, spread: str, found: Found, off: Found, over_one: float | None) -> None:
+def _show(table: Table, name: str, spread: str, found: Found, off: Found | None, over_one: float | None) -> None:
     say(f"{name}, {spread}: {1e3 * found.step:.2f} ms")
     table.row(
-        name, spread, found.adapters, 1e3 * found.step, found.step / off.step, over_one, 1e3 * found.floor,
-        found.step / found.floor, found.reserved / 2**20, 1e3 * found.prefill, found.prefill / off.prefill,
+        name, spread, found.adapters, 1e3 * found.step, off and found.step / off.step, over_one, 1e3 * found.floor,
+        found.step / found.floor, found.reserved / 2**20, 1e3 * found.prefill, off and found.prefill / off.prefill,
     )  # fmt: skip
 
 

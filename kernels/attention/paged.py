@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from coserve.kernels.attention.batch import PagedBatch
+from coserve.kernels.dot import INTERPRETED, dot
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
@@ -84,11 +85,7 @@ def _attend(
             keys + slot[:, None] * key_slot + kv_head * key_head + d[None, :],
             mask=(j < end)[:, None] & (d < DIM)[None, :], other=0.0,
         )  # fmt: skip
-        zero = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
-        if WIDEN:  # the interpreter multiplies bfloat16's bits as integers
-            scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), zero, input_precision="ieee") * scale
-        else:
-            scores = tl.dot(q, tl.trans(k), zero, input_precision="ieee") * scale
+        scores = dot(q, tl.trans(k), WIDEN) * scale
         if SOFTCAP:  # softcap * tanh(score / softcap); the exponential may overflow to infinity, which gives 1
             scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
         visible = (j < end)[None, :] & (j[None, :] <= position[:, None])
@@ -104,10 +101,7 @@ def _attend(
             values + slot[:, None] * value_slot + kv_head * value_head + e[None, :],
             mask=(j < end)[:, None] & (e < VALUE_DIM)[None, :], other=0.0,
         )  # fmt: skip
-        if WIDEN:
-            total = tl.dot(p.to(v.dtype).to(tl.float32), v.to(tl.float32), total * shrink[:, None])
-        else:
-            total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision="ieee")
+        total = total * shrink[:, None] + dot(p.to(v.dtype), v, WIDEN)
         largest = new
 
     if SPLITS == 1:
@@ -150,8 +144,6 @@ def _combine(
 
 
 # ---------------------------------------------------------------------- launch
-
-_INTERPRETED = not isinstance(_attend, triton.JITFunction)
 
 
 def paged_attention(
@@ -240,5 +232,5 @@ def _launch(
         BLOCK_D=max(16, triton.next_power_of_2(query.shape[2])),
         BLOCK_V=max(16, triton.next_power_of_2(values.shape[2])),
         WINDOW=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None, SPLITS=splits,
-        WIDEN=_INTERPRETED,
+        WIDEN=INTERPRETED,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from coserve.kernels.attention.spans import SpanBatch
 from coserve.kernels.attention.training import Score
+from coserve.kernels.dot import INTERPRETED, dot
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
@@ -37,19 +38,11 @@ def _rows_of(base, first, row, stride, inside, DIM: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _dot(left, right, WIDEN: tl.constexpr):
-    """left @ right in float32. The interpreter multiplies bfloat16's bits as integers: WIDEN there."""
-    if WIDEN:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
-    return tl.dot(left, right, input_precision="ieee")
-
-
-@triton.jit
 def _scores(
     q, k, i, j, inside, scale, softcap, window, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr
 ):  # fmt: skip
     """[queries, keys] of capped scores; -inf where key j is hidden from query i or either is not there."""
-    scores = _dot(q, tl.trans(k), WIDEN) * scale
+    scores = dot(q, tl.trans(k), WIDEN) * scale
     if SOFTCAP:  # the exponential may overflow to infinity, which gives 1
         scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
     visible = inside & (j[None, :] <= i[:, None])
@@ -112,7 +105,7 @@ def _forward(
         shrink = tl.exp(largest - safe)
         p = tl.exp(scores - safe[:, None])
         summed = summed * shrink + tl.sum(p, 1)
-        total = total * shrink[:, None] + _dot(p.to(tile_v.dtype), tile_v, WIDEN)
+        total = total * shrink[:, None] + dot(p.to(tile_v.dtype), tile_v, WIDEN)
         largest = new
     summed = tl.where(there, summed, 1.0)
     e = tl.arange(0, BLOCK_V)
@@ -155,8 +148,8 @@ def _backward_queries(
         tile_v = _rows_of(v + head // GROUP * v_head, first_key, j, v_row, j < end, VALUE_DIM, BLOCK_V)
         inside = there[:, None] & (j < end)[None, :]
         scores = _scores(own, tile_k, i, j, inside, scale, softcap, window, WINDOW, SOFTCAP, WIDEN)
-        ds = _score_gradient(scores, own_lse, _dot(own_grad, tl.trans(tile_v), WIDEN), own_delta, softcap, SOFTCAP)
-        total += _dot(ds.to(tile_k.dtype), tile_k, WIDEN)
+        ds = _score_gradient(scores, own_lse, dot(own_grad, tl.trans(tile_v), WIDEN), own_delta, softcap, SOFTCAP)
+        total += dot(ds.to(tile_k.dtype), tile_k, WIDEN)
     d = tl.arange(0, BLOCK_D)
     at = dq + head * dq_head + (start + row).to(tl.int64)[:, None] * dq_row + d[None, :]
     tl.store(at, (total * scale).to(dq.dtype.element_ty), mask=there[:, None] & (d < DIM)[None, :])
@@ -202,10 +195,10 @@ def _backward_keys(
             inside = real[:, None] & there[None, :]
             scores = _scores(tile_q, own_k, i, j, inside, scale, softcap, window, WINDOW, SOFTCAP, WIDEN)
             p = tl.exp(scores - tile_lse[:, None])
-            total_v += _dot(tl.trans(p.to(tile_grad.dtype)), tile_grad, WIDEN)
-            dp = _dot(tile_grad, tl.trans(own_v), WIDEN)
+            total_v += dot(tl.trans(p.to(tile_grad.dtype)), tile_grad, WIDEN)
+            dp = dot(tile_grad, tl.trans(own_v), WIDEN)
             ds = _score_gradient(scores, tile_lse, dp, tile_delta, softcap, SOFTCAP)
-            total_k += _dot(tl.trans(ds.to(tile_q.dtype)), tile_q, WIDEN)
+            total_k += dot(tl.trans(ds.to(tile_q.dtype)), tile_q, WIDEN)
     d = tl.arange(0, BLOCK_D)
     at = dk + kv_head * dk_head + (first_key + j).to(tl.int64)[:, None] * dk_row + d[None, :]
     tl.store(at, (total_k * scale).to(dk.dtype.element_ty), mask=there[:, None] & (d < DIM)[None, :])
@@ -215,8 +208,6 @@ def _backward_keys(
 
 
 # ---------------------------------------------------------------------- launch
-
-_INTERPRETED = not isinstance(_forward, triton.JITFunction)
 
 
 def varlen_forward(
@@ -293,7 +284,7 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, batch: SpanBatch, score: Score) 
     return {
         "GROUP": q.shape[0] // k.shape[0], "DIM": dim, "VALUE_DIM": value_dim, "BLOCK": batch.block,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
-        "WINDOW": score.sliding_window is not None, "SOFTCAP": score.softcap is not None, "WIDEN": _INTERPRETED,
+        "WINDOW": score.sliding_window is not None, "SOFTCAP": score.softcap is not None, "WIDEN": INTERPRETED,
     }  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
     y += s h B,      dx = s g A,      dA = s gᵀ x,      dB = s hᵀ dy,      dy goes on to the frozen product.
 
-h is kept from the forward (rank columns, float32); g is computed again. Imports Triton: only for CUDA tensors,
-or under its interpreter.
+h is kept from the forward (rank columns, float32); g is computed again. The forward runs in the family that
+the terms name, the backward in the grouped one. Imports Triton: only for CUDA tensors, or under its interpreter.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coserve.kernels.lora.kernel import expand, hidden_buffer, shrink, splits_for, weight_grad
+from coserve.kernels.lora.families import Family
+from coserve.kernels.lora.grouped import expand, shrink, splits_for, weight_grad
 from coserve.kernels.lora.pages import A, B, PagedTerms
+from coserve.kernels.lora.per_row import expand_rows, shrink_all, splits_for_all
+from coserve.kernels.lora.tiles import hidden_buffer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,7 +64,7 @@ class _PagedLora(torch.autograd.Function):
         leaves: list[Tensor | None] = [None] * len(terms.perturbations)
         if len(terms):
             rows = _with_unit_stride(dy)
-            g = hidden_buffer(routing, pages, splits_for(routing, pages, max(pages.out_widths)))
+            g = hidden_buffer(len(routing.rows), pages, splits_for(routing, pages, max(pages.out_widths)))
             shrink(g, rows, routing, pages, B)
             if dx is not None:
                 expand(dx, g, routing, pages, A)
@@ -74,8 +77,13 @@ class _PagedLora(torch.autograd.Function):
 def _add(y: Tensor, x: Tensor, terms: PagedTerms) -> Tensor:
     """Changes y; returns the hidden values [S, splits, N, R]."""
     routing, pages = terms.routing, terms.pages
-    h = hidden_buffer(routing, pages, splits_for(routing, pages, pages.in_width))
-    if len(terms):
+    row_by_row = terms.family is Family.PER_ROW
+    splits = splits_for_all(pages) if row_by_row else splits_for(routing, pages, pages.in_width)
+    h = hidden_buffer(len(routing.rows), pages, splits)
+    if len(terms) and row_by_row:
+        shrink_all(h, x, routing, pages)
+        expand_rows(y, h, routing, pages)
+    elif len(terms):
         shrink(h, x, routing, pages, A)
         expand(y, h, routing, pages, B)
     return h

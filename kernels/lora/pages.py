@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from coserve.kernels.lora.families import Family
 from coserve.kernels.lora.routing import Routing
 
 A, B = 1, 2  # columns of SitePages.index that say where the tensor's list of pages begins
@@ -96,6 +97,7 @@ class PagedTerms:
     pages: SitePages
     dropout: Sequence[Callable[[Tensor], Tensor] | None] = ()  # one a range of the routing, or empty
     perturbations: tuple[Tensor, ...] = ()  # see SitePages.perturbations; empty: no gradient to A and B
+    family: Family = Family.GROUPED  # of the forward's launches
 
     def __post_init__(self) -> None:
         if self.routing.adapters != self.pages.adapters:

@@ -35,6 +35,7 @@ class Routing:
     adapters: int
     block_rows: int
     rows: Tensor  # int32 [N]: packed row numbers, those of adapter 0 first, in their order within an adapter
+    owners: Tensor  # int32 [N]: the adapter of each of them; -1: an entry that only fills up
     blocks: Tensor  # int32 [blocks, 3]: adapter, first index into `rows`, length <= block_rows
     chunks: Tensor  # int32 [chunks, 3]: the same with at most chunk_rows rows
     chunk_starts: Tensor  # int32 [adapters + 1]: adapter i owns chunks [chunk_starts[i], chunk_starts[i + 1])
@@ -69,11 +70,11 @@ def route(
     for adapter in chunks[::3]:
         counts[adapter] += 1
     chunk_starts = list(itertools.accumulate(counts, initial=0))
-    packed = integers(rows + blocks + chunks + chunk_starts, device)
-    on_device = packed.split([len(rows), len(blocks), len(chunks), len(chunk_starts)])
+    parts = (rows, owners_of(blocks), blocks, chunks, chunk_starts)
+    on_device = integers(list(itertools.chain(*parts)), device).split([len(part) for part in parts])
     return Routing(
         tuple(ranges), adapters, size,
-        on_device[0], on_device[1].view(-1, 3), on_device[2].view(-1, 3), on_device[3],
+        on_device[0], on_device[1], on_device[2].view(-1, 3), on_device[3].view(-1, 3), on_device[4],
     )  # fmt: skip
 
 
@@ -88,6 +89,11 @@ def grouped(ranges: Sequence[RowRange], adapters: int, size: int) -> tuple[list[
         pieces += _pieces(adapter, len(rows), len(group), size)
         rows += group
     return rows, pieces
+
+
+def owners_of(pieces: Sequence[int]) -> list[int]:
+    """The adapter of each row of these pieces."""
+    return [adapter for adapter, length in zip(pieces[::3], pieces[2::3], strict=True) for _ in range(length)]
 
 
 def _pieces(adapter: int, first: int, length: int, size: int) -> list[int]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from coserve.kernels.attention.plan import Segment
 from coserve.kernels.attention.training import Score
+from coserve.kernels.lora import FamilyLimits
 from coserve.server.engine.adapter_pool import AdapterPool
 from coserve.server.training.peft.sites import Site
 
@@ -101,6 +102,7 @@ class Backend(Protocol):
     name: str
     captures: bool  # whether its decode iterations may be captured in CUDA graphs
     largest_head: int | None  # values of an attention head; None: any
+    families: FamilyLimits | None  # where its LoRA launches change; None: they never do
 
     def prepare(self, model: Any) -> None:
         """Called with a model of transformers before its layers are taken over."""

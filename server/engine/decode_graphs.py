@@ -16,7 +16,7 @@ from torch import Tensor
 from coserve.kernels.attention.batch import PagedBatch
 from coserve.kernels.attention.paged import paged_attention
 from coserve.kernels.attention.training import Score
-from coserve.kernels.lora import PageTable, Routing
+from coserve.kernels.lora import Family, PageTable, Routing, family_for
 from coserve.server.engine.adapter_pool import AdapterPool
 from coserve.server.engine.backend import AdapterTerms
 from coserve.server.engine.containment import give_back_memory
@@ -46,7 +46,7 @@ class StaticDecode:
         ]
         self._device = [torch.zeros_like(host, device=device) for host in self._host]
         self._ids, self._positions, self._slots = self._device[0].split(self.arrays.wide_sizes)
-        contexts, tables, packed, blocks = self._device[1].split(self.arrays.narrow_sizes)
+        contexts, tables, packed, owners, blocks = self._device[1].split(self.arrays.narrow_sizes)
         one_by_one = torch.arange(rows, dtype=torch.int32, device=device)
         self._batch = PagedBatch(
             segments=(), block_size=cache.block_size, tables=tables.view(rows, shape.width), contexts=contexts,
@@ -57,17 +57,18 @@ class StaticDecode:
         self._source: PageTable | None = None
         self._table = _empty_table(model, pool, shape) if shape.rank else None
         none = one_by_one.new_empty(0)
-        routing = Routing((), rows, BLOCK_ROWS, packed, blocks.view(-1, 3), none.view(0, 3), none)
-        self.adapters: AdapterTerms = FixedTerms(routing, self._table)
+        routing = Routing((), rows, BLOCK_ROWS, packed, owners, blocks.view(-1, 3), none.view(0, 3), none)
+        self.adapters: AdapterTerms = FixedTerms(routing, self._table, shape.family)
 
     def load(self, batch: Sequence[DecodeRow], table: PageTable | None) -> None:
-        """Put a batch in: two copies, and three more where the adapters are others than before."""
+        """Put a batch in: two copies, and four launches more where the adapters are others than before."""
         self.arrays.fill(self._host[0].numpy(), self._host[1].numpy(), batch)
         for device, host in zip(self._device, self._host, strict=True):
             device.copy_(host, non_blocking=True)
         if table is not None and table is not self._source and self._table is not None:
             adapters = table.index.shape[1]
             self._table.index[:, :adapters].copy_(table.index)
+            self._table.index[:, adapters:].zero_()  # adapters of a batch before this one have no ranks now
             self._table.scaling[:, :adapters].copy_(table.scaling)
             self._table.numbers[: len(table.numbers)].copy_(table.numbers)
             self._source = table
@@ -129,7 +130,7 @@ class DecodeGraphs:
         if any(run.rows != 1 for run in runs) or any(a.pool is not self._pool for a in adapters.values()):
             return None
         table = self._pool.page_table(list(adapters), self._model.layout) if adapters else None
-        shape = shape_for(len(runs), table.largest_rank if table else 0, self._width)
+        shape = shape_for(len(runs), table.largest_rank if table else 0, self._width, self._family(runs, len(adapters)))
         if shape is None or self._replays.get(shape, self) is None:
             return None
         numbers = {key: number for number, key in enumerate(adapters)}
@@ -138,6 +139,12 @@ class DecodeGraphs:
             for run, token in zip(runs, ids, strict=True)
         ]
         return self._replay(shape, batch, table)
+
+    def _family(self, runs: Sequence[RowRun], adapters: int) -> Family:
+        if not adapters:
+            return Family.GROUPED  # of no launches at all: the base model alone has one graph
+        rows, limits = sum(run.adapter is not None for run in runs), self._model.backend.families
+        return family_for(rows, adapters, self._pool.flat.dtype, gradients=False, limits=limits)
 
     def _replay(self, shape: DecodeShape, batch: list[DecodeRow], table: PageTable | None
                 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coserve.kernels.lora.routing import RowRange, grouped
+from coserve.kernels.lora.families import Family
+from coserve.kernels.lora.routing import RowRange, grouped, owners_of
 
 BLOCK_ROWS = 16  # of one adapter, in a launch of decode rows
 _RANKS = (16, 32, 64, 128, 256)
@@ -25,6 +26,7 @@ class DecodeShape:
     rows: int
     rank: int  # the largest that its launches cover; 0: the base model alone, without any LoRA launch
     width: int  # blocks of a block table
+    family: Family = Family.GROUPED  # of its LoRA launches
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,10 @@ def rows_for(count: int) -> int:
     return -(-count // step) * step
 
 
-def shape_for(count: int, largest_rank: int, width: int) -> DecodeShape | None:
+def shape_for(count: int, largest_rank: int, width: int, family: Family = Family.GROUPED) -> DecodeShape | None:
     """For `count` rows whose adapters have at most this rank (0: none has an adapter); None: no graph is that large."""
     rank = next((r for r in (0, *_RANKS) if largest_rank <= r), None)
-    return None if rank is None else DecodeShape(rows_for(count), rank, width)
+    return None if rank is None else DecodeShape(rows_for(count), rank, width, family)
 
 
 class DecodeArrays:
@@ -59,14 +61,15 @@ class DecodeArrays:
         self.shape, self._block_size, self._scratch = shape, block_size, scratch_block
         rows = shape.rows
         self.wide_sizes = (rows, rows, rows)
-        # Context lengths, block tables, and the routing: packed rows, and (adapter, first, length) of each block.
-        self.narrow_sizes = (rows, rows * shape.width, rows, 3 * rows)
+        # Context lengths, block tables, and the routing: packed rows, their adapters, and (adapter, first, length) of
+        # each block.
+        self.narrow_sizes = (rows, rows * shape.width, rows, rows, 3 * rows)
 
     def fill(self, wide: np.ndarray, narrow: np.ndarray, batch: Sequence[DecodeRow]) -> None:
         """Write a batch of at most `shape.rows` rows into arrays of `sum(wide_sizes)` and `sum(narrow_sizes)`."""
         shape, size, used = self.shape, self._block_size, len(batch)
         tokens, positions, slots = np.split(wide, np.cumsum(self.wide_sizes)[:-1])
-        contexts, tables, rows, blocks = np.split(narrow, np.cumsum(self.narrow_sizes)[:-1])
+        contexts, tables, rows, owners, blocks = np.split(narrow, np.cumsum(self.narrow_sizes)[:-1])
         tokens[used:], positions[used:], contexts[used:] = 0, 0, 1
         slots[used:] = self._scratch * size
         tables = tables.reshape(shape.rows, shape.width)
@@ -77,8 +80,8 @@ class DecodeArrays:
             slots[number] = row.blocks[last // size] * size + last % size
             held = -(-row.context // size)
             tables[number, :held] = row.blocks[:held]
-        # Blocks without rows are there in every replay: their programs find a length of zero.
+        # Blocks without rows are there in every replay, and rows without an adapter: their programs end at once.
         ranges = [RowRange(n, n + 1, row.adapter) for n, row in enumerate(batch) if row.adapter is not None]
         packed, pieces = grouped(ranges, 1 + max((r.adapter for r in ranges), default=-1), BLOCK_ROWS)
-        rows[:], blocks[:] = 0, 0
-        rows[: len(packed)], blocks[: len(pieces)] = packed, pieces
+        rows[:], owners[:], blocks[:] = 0, -1, 0
+        rows[: len(packed)], owners[: len(packed)], blocks[: len(pieces)] = packed, owners_of(pieces), pieces

@@ -11,6 +11,7 @@ from torch import Tensor
 from coserve.kernels.attention.plan import AttentionPlan, Segment
 from coserve.kernels.attention.reference import paged_attention
 from coserve.kernels.attention.training import Attention, MaskCache, Score, attention_forward
+from coserve.kernels.lora import FamilyLimits
 from coserve.kernels.lora.reference import LoraSegment, lora_add
 from coserve.server.engine.backend import AdapterRows, AdapterTerms, PagedRows, SpanRows
 from coserve.server.engine.linears import LinearGroup, RowsOfPass
@@ -23,6 +24,7 @@ class PlainBackend:
     name = "torch"
     captures = False
     largest_head: int | None = None
+    families: FamilyLimits | None = None
 
     def prepare(self, model: Any) -> None:
         return None

@@ -19,7 +19,18 @@ from coserve.kernels.attention.spans import KeySpan, SpanBatch, span_batch
 from coserve.kernels.attention.training import Score
 from coserve.kernels.attention.varlen import VarlenAttention, varlen_forward
 from coserve.kernels.layer.function import gated, rms_norm, rope
-from coserve.kernels.lora import PagedTerms, PageTable, Routing, RowRange, SitePages, route
+from coserve.kernels.lora import (
+    LIMITS,
+    Family,
+    FamilyLimits,
+    PagedTerms,
+    PageTable,
+    Routing,
+    RowRange,
+    SitePages,
+    family_for,
+    route,
+)
 from coserve.kernels.lora.function import paged_lora_add
 from coserve.server.engine.backend import AdapterRows, AdapterTerms, PagedRows, SpanRows
 from coserve.server.engine.drop_in import LayerFunctions, replace_modules
@@ -34,12 +45,16 @@ class TritonBackend:
     captures = True
     largest_head: int | None = LARGEST_HEAD
 
+    def __init__(self, families: FamilyLimits | None = LIMITS) -> None:
+        """`families`: where one family of LoRA launches gives way to the other; None: it never does."""
+        self.families = families
+
     def prepare(self, model: Any) -> None:
         """Norms, rotary embeddings and gated activations give way to kernels where these say the same."""
         replace_modules(model, LayerFunctions(rms_norm, rope, gated))
 
     def adapters(self, rows: Sequence[AdapterRows]) -> AdapterTerms:
-        return TritonTerms(rows)
+        return TritonTerms(rows, self.families)
 
     def paged_rows(
         self, segments: Sequence[Segment], block_size: int, dtype: torch.dtype, device: torch.device
@@ -53,7 +68,7 @@ class TritonBackend:
 class TritonTerms:
     """Sites that share their input share launches, except where dropout makes their inputs differ."""
 
-    def __init__(self, rows: Sequence[AdapterRows]) -> None:
+    def __init__(self, rows: Sequence[AdapterRows], families: FamilyLimits | None) -> None:
         self._rows = rows
         numbers: dict[str, int] = {}
         self._ranges = [RowRange(r.start, r.end, numbers.setdefault(r.adapter.key, len(numbers))) for r in rows]
@@ -63,9 +78,12 @@ class TritonTerms:
             raise ValueError("the adapters of one pass lie in different pools")
         self._table: PageTable | None = None  # of all sites of the model, once one of them has asked
         self._routing = None
+        self._trained = any(r.take_gradient is not None for r in rows)
+        self._family = Family.GROUPED
         if self._pool is not None:
             self._routing = route(self._ranges, len(numbers), device=self._pool.device)
-        self._trained = any(r.take_gradient is not None for r in rows)
+            count, dtype = len(self._routing.rows), self._pool.flat.dtype
+            self._family = family_for(count, len(numbers), dtype, gradients=self._trained, limits=families)
         self._owners = dict(zip((r.adapter for r in self._ranges), rows, strict=True))
         self._wanted: list[tuple[Sequence[Site], SitePages, tuple[Tensor, ...]]] = []
 
@@ -93,7 +111,7 @@ class TritonTerms:
         leaves = pages.perturbations() if self._trained and pages.max_rank else ()
         if leaves:
             self._wanted.append((sites, pages, leaves))
-        return PagedTerms(self._routing, pages, drops if any(drops) else (), leaves)
+        return PagedTerms(self._routing, pages, drops if any(drops) else (), leaves, self._family)
 
     def leaves(self) -> list[Tensor]:
         return [leaf for _, _, leaves in self._wanted for leaf in leaves]
@@ -111,14 +129,14 @@ class TritonTerms:
 class FixedTerms:
     """Terms whose routing and table are buffers that somebody refills; None: there are none. No gradients."""
 
-    def __init__(self, routing: Routing, table: PageTable | None) -> None:
-        self._routing, self._table = routing, table
+    def __init__(self, routing: Routing, table: PageTable | None, family: Family) -> None:
+        self._routing, self._table, self._family = routing, table, family
 
     def linear(self, group: LinearGroup, x: Tensor, current: RowsOfPass) -> Sequence[Tensor]:
         y = group.product.joined(x)
         if self._table is None:
             return group.product.split(y)
-        terms = PagedTerms(self._routing, self._table.at(group.first, len(group.sites)))
+        terms = PagedTerms(self._routing, self._table.at(group.first, len(group.sites)), family=self._family)
         return group.product.split(paged_lora_add(y, x, terms, in_place=True))
 
     def leaves(self) -> list[Tensor]:

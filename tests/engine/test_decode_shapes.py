@@ -31,15 +31,16 @@ def test_what_a_graph_reads_is_written_anew_in_every_part():
         DecodeRow(11, 17, [4, 6, 2], adapter=1), DecodeRow(12, 8, [5], adapter=0), DecodeRow(13, 9, [1, 3], adapter=1),
     ])  # fmt: skip
     tokens, positions, slots = np.split(wide, 3)
-    contexts, tables, rows, blocks = np.split(narrow, np.cumsum(arrays.narrow_sizes)[:-1])
+    contexts, tables, rows, owners, blocks = np.split(narrow, np.cumsum(arrays.narrow_sizes)[:-1])
     assert tokens.tolist() == [11, 12, 13, 0]
     assert positions.tolist() == [16, 7, 8, 0]
     assert slots.tolist() == [2 * 8, 5 * 8 + 7, 3 * 8, 99 * 8]  # the last row fills up: into the scratch block
     assert contexts.tolist() == [17, 8, 9, 1]
     tables = tables.reshape(4, 3)
     assert tables[0].tolist() == [4, 6, 2] and tables[2, :2].tolist() == [1, 3] and tables[3, 0] == 99
-    assert rows.tolist() == [1, 0, 2, 0]
+    assert rows.tolist() == [1, 0, 2, 0] and owners.tolist() == [0, 1, 1, -1]
     assert blocks.reshape(-1, 3).tolist() == [[0, 0, 1], [1, 1, 2], [0, 0, 0], [0, 0, 0]]
     arrays.fill(wide, narrow, [DecodeRow(1, 1, [0])])  # and nothing of that is left
     assert np.split(wide, 3)[2].tolist() == [0, 792, 792, 792]
-    assert np.split(narrow, np.cumsum(arrays.narrow_sizes)[:-1])[3].tolist() == [0] * 12
+    assert np.split(narrow, np.cumsum(arrays.narrow_sizes)[:-1])[3].tolist() == [-1] * 4
+    assert np.split(narrow, np.cumsum(arrays.narrow_sizes)[:-1])[4].tolist() == [0] * 12

@@ -22,6 +22,7 @@ from stepped_engine import SteppedEngine
 from tiny_models import save_tiny_model, tiny_config
 
 from coserve.kernels.dropout import RowKeys, dropout_rows
+from coserve.kernels.lora import LIMITS, Family, FamilyLimits
 from coserve.server.engine.decode_graphs import DecodeGraphs
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.plain_backend import PlainBackend
@@ -82,14 +83,14 @@ def test_the_probe_passes():
     probe(tiny_config("gemma3_text:mini"), TritonBackend(), kernel_device())
 
 
-def engine_with_adapters(tmp_path, graphs_of=None, **adapters: int) -> SteppedEngine:
+def engine_with_adapters(tmp_path, graphs_of=None, families=LIMITS, **adapters: int) -> SteppedEngine:
     for name, rank in adapters.items():
         targets = ["q_proj", "v_proj", "down_proj"] if rank == 5 else "all-linear"
         save_adapter(tmp_path / name, "llama:mini", rank, seed=rank, target_modules=targets)
     return SteppedEngine(
         tmp_path,
         architecture="llama:mini",
-        backend=TritonBackend(),
+        backend=TritonBackend(families),
         device=kernel_device(),
         graphs_of=graphs_of,
         itl=60.0,
@@ -127,7 +128,8 @@ def test_other_requests_change_nothing(tmp_path):
 
 def test_decodes_through_fixed_buffers(tmp_path):
     """What a CUDA graph records, replayed: batches of other sizes and adapters come after one another, and a
-    sequence's rows are at other places each time. On CUDA the graphs themselves."""
+    sequence's rows are at other places each time, and few rows are for the other family of launches. On CUDA the
+    graphs themselves."""
     shapes = []
 
     def graphs_of(model, cache, pool):
@@ -135,14 +137,15 @@ def test_decodes_through_fixed_buffers(tmp_path):
 
     def record(static):
         def replay():
-            shapes.append((static.shape.rows, static.shape.rank))
+            shapes.append((static.shape.rows, static.shape.rank, static.shape.family))
             return static.run()
 
         return replay
 
-    engine = engine_with_adapters(tmp_path, graphs_of, a=3, b=20)
+    engine = engine_with_adapters(tmp_path, graphs_of, FamilyLimits(rows_float32=3), a=3, b=19)
+    assert engine.ref("a").digest < engine.ref("b").digest  # once y is done, z's adapter moves to the first place
     model = save_tiny_model(tmp_path / "model", "llama:mini")
-    wanted = {"x": (None, 6), "y": ("a", 4), "z": ("b", 4), "y2": ("a", 3), "z2": ("b", 5)}
+    wanted = {"x": (None, 6), "y": ("a", 4), "z": ("b", 5), "y2": ("a", 3), "z2": ("b", 5)}
     for adapter in "ab":  # bring them into the pool, so that all decode together
         engine.submit(adapter, [5], engine.ref(adapter), max_tokens=1)
     engine.until(lambda: not len(engine.requests), seconds=120)
@@ -155,7 +158,7 @@ def test_decodes_through_fixed_buffers(tmp_path):
         assert len(got) == tokens
         assert_greedy_equal(oracle_model(model, adapter and tmp_path / adapter), prompt(5 + 6 * number, number), got)
     if kernel_device().type == "cpu":
-        assert {(8, 32), (4, 32), (1, 0)} <= set(shapes)
+        assert {(8, 32, Family.GROUPED), (4, 32, Family.PER_ROW), (1, 0, Family.GROUPED)} <= set(shapes)
 
 
 def test_an_iteration_in_pieces_replays_once(tmp_path):

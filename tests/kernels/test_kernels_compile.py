@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for a Hopper GPU, which needs no GPU: what the interpreter accepts, Triton may not.
 
-Says nothing about speed. The compiled code is looked at for two promises: no atomics, so that sums repeat bit for
-bit, and shared memory within what a multiprocessor has.
+Says nothing about speed. The compiled code is looked at for three promises: no atomics, so that sums repeat bit for
+bit; shared memory within what a multiprocessor has; 16 bytes a load where tiles lie inside pages.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from triton.compiler import ASTSource
 
 from coserve.kernels.attention import paged, varlen
 from coserve.kernels.layer import kernel as layer
-from coserve.kernels.lora import kernel as lora
+from coserve.kernels.lora import grouped as lora
+from coserve.kernels.lora import per_row
 
 SHARED_BYTES = 227 * 1024  # of one multiprocessor, sm_90
 ATOMIC = re.compile(r"^\s*(@%p\d+ )?(atom|red)\.", re.MULTILINE)
+WIDE_LOAD = re.compile(r"cp\.async\.cg\.|ld\.global\.v4\.b32")
 # Pointers by name: to the model's dtype, to float32, to int32. Every other argument is an int32 or a constant.
 MODEL = {"x", "y", "flat", "right", "query", "keys", "values",
          "q", "k", "v", "grad", "dq", "dk", "dv", "dx", "dy", "weight", "cos", "sin",
          "gate", "up", "d_gate", "d_up"}  # fmt: skip
 FLOATS = {"lse", "delta", "hidden", "parts", "scaling", "part_out", "part_max", "part_sum", "sinks"}
-INTS = {"rows", "blocks", "chunks", "chunk_starts", "numbers", "index", "columns",
+INTS = {"rows", "owners", "blocks", "chunks", "chunk_starts", "numbers", "index", "columns",
         "spans", "tables", "contexts", "starts", "counts", "tiles"}  # fmt: skip
 
 LORA = {"SPLITS": 4, "BLOCK_R": 32, "WIDEN": False}
@@ -48,6 +50,16 @@ KERNELS = {
     "expand": (
         lora._expand, "bf16", "bf16", LORA | {"PART": 2, "SLICES": 2, "BLOCK_M": 64, "BLOCK_N": 128, "IN_ROW": True},
     ),
+    "shrink, all adapters": (
+        per_row._shrink_all, "bf16", "fp32", LORA | {"ADAPTERS": 32, "BLOCK_M": 32, "BLOCK_K": 128, "IN_ROW": True},
+    ),
+    "shrink, one adapter": (
+        per_row._shrink_all, "bf16", "fp32", LORA | {"ADAPTERS": 1, "BLOCK_M": 16, "BLOCK_K": 128, "IN_ROW": False},
+    ),
+    "expand, row by row": (
+        per_row._expand_rows, "bf16", "bf16",
+        {"SLICES": 3, "SPLITS": 4, "BLOCK_R": 32, "BLOCK_N": 128, "IN_ROW": True},
+    ),
     "weight_grad": (lora._weight_grad, "bf16", "fp32", LORA | {"BLOCK_M": 64, "BLOCK_N": 128}),
     "add_chunks": (lora._add_chunks, "bf16", "fp32", {"BLOCK_R": 32, "BLOCK_N": 128}),
     "prefill 256": (paged._attend, "bf16", "bf16", heads(256, 16, 1)),
@@ -66,8 +78,8 @@ KERNELS = {
     "gated_backward": (layer._gated_backward, "bf16", "bf16", {"ACTIVATION": "gelu_tanh", "BLOCK": 1024}),
 }  # fmt: skip
 # What multiplies no matrices.
-ELEMENTWISE = (lora._add_chunks, paged._combine, layer._rms_norm, layer._rms_norm_backward, layer._rope, layer._gated,
-               layer._gated_backward)  # fmt: skip
+ELEMENTWISE = (lora._add_chunks, per_row._expand_rows, paged._combine, layer._rms_norm, layer._rms_norm_backward,
+               layer._rope, layer._gated, layer._gated_backward)  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # rounding of a multiply-add is not looked at here
@@ -96,11 +108,13 @@ def test_compiles_for_sm90(name, tmp_path, monkeypatch):
     aligned = {
         (n,): [["tt.divisibility", 16]]
         for n, (argument, kind) in enumerate(signature.items())
-        if kind.startswith("*") and argument not in free
+        if (kind.startswith("*") or argument in ("x_stride", "y_stride", "page_elements")) and argument not in free
     }
     compiled = triton.compile(ASTSource(function, signature, constants, aligned), target=GPUTarget("cuda", 90, 32))
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= SHARED_BYTES
     assert not ATOMIC.search(compiled.asm["ptx"])
+    if constants.get("IN_ROW"):
+        assert WIDE_LOAD.search(compiled.asm["ptx"])
     if model == "bf16" and function not in ELEMENTWISE:
         assert "mma" in compiled.asm["ptx"]  # the matrix unit, not multiply-adds one by one

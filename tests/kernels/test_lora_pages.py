@@ -19,6 +19,7 @@ def test_rows_are_grouped_and_cut_into_blocks_of_one_adapter():
     ranges = [RowRange(0, 3, 2), RowRange(4, 4, 1), RowRange(5, 10, 0), RowRange(12, 14, 2)]
     routing = route(ranges, 4, block_rows=4, chunk_rows=3)
     assert routing.rows.tolist() == [5, 6, 7, 8, 9, 0, 1, 2, 12, 13]
+    assert routing.owners.tolist() == [0] * 5 + [2] * 5
     assert routing.blocks.tolist() == [[0, 0, 4], [0, 4, 1], [2, 5, 4], [2, 9, 1]]
     assert routing.chunks.tolist() == [[0, 0, 3], [0, 3, 2], [2, 5, 3], [2, 8, 2]]
     assert routing.chunk_starts.tolist() == [0, 2, 2, 4, 4]

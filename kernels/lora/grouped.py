@@ -1,4 +1,4 @@
-"""Three Triton kernels that do all of paged LoRA: shrink, expand, and the weight gradients with their reduce.
+"""The family for groups of rows, both directions: shrink, expand, and the weight gradients with their reduce.
 
 Forward y += s (x Aᵀ) B is shrink by A and expand by B; the gradient dx += s (dy Bᵀ) A is shrink by B and expand
 by A; dA = s (dy Bᵀ)ᵀ x and dB = s (x Aᵀ)ᵀ dy are one kernel with the sides exchanged. A and B are read where they
@@ -10,79 +10,31 @@ Launchers take buffers from their caller and check nothing but what they choose 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from coserve.kernels.dot import INTERPRETED, dot
 from coserve.kernels.lora.pages import A, SitePages
 from coserve.kernels.lora.routing import Routing
+from coserve.kernels.lora.tiles import (
+    PAGES,
+    ROUTING,
+    TILE_COLUMNS,
+    block_of_ranks,
+    first_column,
+    hidden_values,
+    in_row,
+    rank_rows,
+    splits_of,
+)
 
-_MOST_SPLITS = 8
-_PROGRAMS = 128  # a Hopper card has 132 multiprocessors: with fewer programs than that, a long sum is split
-_BLOCK_K = 128
-_BLOCK_N = 128
-# Views of one packed copy, and what changes with a batch: Triton would compile a kernel for each alignment of theirs.
-_ROUTING = ["rows", "blocks", "row_count"]
-_PAGES = ["numbers", "index", "scaling", "columns", "adapters", "max_rank"]
 _CHUNKS = ["hidden", "rows", "chunks", "chunk_starts", "index", "scaling", "row_count", "max_rank", "offset", "width"]
-
-# ---------------------------------------------------------------------- device functions
-
-
-@triton.jit
-def _rank_rows(
-    flat, numbers, first, r, rank, column, width, page_elements, BLOCK: tl.constexpr, IN_ROW: tl.constexpr
-):  # fmt: skip
-    """Rank rows r [R], columns [column, column + BLOCK), of the tensor whose page list begins at `first`.
-
-    Zero beyond rank and width. IN_ROW: BLOCK divides width and page, so a page never ends inside a row of the
-    tile and one look-up a row is enough.
-    """
-    columns = column + tl.arange(0, BLOCK)
-    inside = (r < rank)[:, None] & (columns < width)[None, :]
-    if IN_ROW:
-        at = r * width + column
-        page = tl.load(numbers + first + at // page_elements, mask=at < rank * width, other=0).to(tl.int64)
-        where = (page * page_elements + at % page_elements)[:, None] + tl.arange(0, BLOCK)[None, :]
-    else:
-        at = r[:, None] * width + columns[None, :]
-        page = tl.load(numbers + first + at // page_elements, mask=inside, other=0).to(tl.int64)
-        where = page * page_elements + at % page_elements
-    return tl.load(flat + where, mask=inside, other=0.0)
-
-
-@triton.jit
-def _hidden(hidden, m, r, inside, row_count, max_rank, SPLITS: tl.constexpr):
-    """Rows m, ranks r of one slice's hidden values, the pieces of its sum added first to last."""
-    where = m[:, None] * max_rank + r[None, :]
-    total = tl.load(hidden + where, mask=inside, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(hidden + split * row_count * max_rank + where, mask=inside, other=0.0)
-    return total
-
-
-@triton.jit
-def _first_column(columns, which, SLICES: tl.constexpr):
-    """Where slice `which` begins in y: behind the outputs of the slices before it."""
-    offset = which * 0
-    for nth in tl.static_range(SLICES - 1):
-        offset += tl.where(nth < which, tl.load(columns + nth * 2 + 1), 0)
-    return offset
-
-
-@triton.jit
-def _dot(left, right, total, WIDEN: tl.constexpr):
-    """total + left @ right in float32. The interpreter multiplies bfloat16's bits as integers: WIDEN there."""
-    if WIDEN:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(left, right, total, input_precision="ieee")
-
 
 # ---------------------------------------------------------------------- kernels
 
 
-@triton.jit(do_not_specialize=_ROUTING + _PAGES)
+@triton.jit(do_not_specialize=ROUTING + PAGES)
 def _shrink(
     out, x, rows, blocks, flat, numbers, index, columns,
     x_stride, row_count, adapters, max_rank, page_elements,
@@ -107,7 +59,9 @@ def _shrink(
         width = tl.load(columns + which * 2 + PART - 1)
         offset = which * 0
         if PART == 2:
-            offset = _first_column(columns, which, SLICES)
+            offset = first_column(columns, which, SLICES)
+        if IN_ROW:
+            width, offset = tl.multiple_of(width, BLOCK_K), tl.multiple_of(offset, BLOCK_K)
         m = tl.arange(0, BLOCK_M)
         row = tl.load(rows + first + m, mask=m < length, other=0).to(tl.int64)
         total = tl.full([BLOCK_M, BLOCK_R], 0.0, tl.float32)
@@ -117,15 +71,15 @@ def _shrink(
             k = start + step * BLOCK_K + tl.arange(0, BLOCK_K)
             inside = (m < length)[:, None] & (k < width)[None, :]
             left = tl.load(x + row[:, None] * x_stride + (offset + k)[None, :], mask=inside, other=0.0)
-            right = _rank_rows(
+            right = rank_rows(
                 flat, numbers, pages, r, rank, start + step * BLOCK_K, width, page_elements, BLOCK_K, IN_ROW
             )
-            total = _dot(left, tl.trans(right), total, WIDEN)
+            total += dot(left, tl.trans(right), WIDEN)
         to = out + (piece.to(tl.int64) * row_count + first + m[:, None]) * max_rank + r[None, :]
         tl.store(to, total, mask=(m < length)[:, None] & (r < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=_ROUTING + _PAGES)
+@triton.jit(do_not_specialize=ROUTING + PAGES)
 def _expand(
     y, hidden, rows, blocks, flat, numbers, index, scaling, columns,
     y_stride, row_count, adapters, max_rank, page_elements,
@@ -145,7 +99,9 @@ def _expand(
     width = tl.load(columns + tl.program_id(2) * 2 + PART - 1)
     offset = tl.program_id(2) * 0
     if PART == 2:
-        offset = _first_column(columns, tl.program_id(2), SLICES)
+        offset = first_column(columns, tl.program_id(2), SLICES)
+    if IN_ROW:
+        width, offset = tl.multiple_of(width, BLOCK_N), tl.multiple_of(offset, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     ranks = 0
     total = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
@@ -161,9 +117,9 @@ def _expand(
             for r0 in range(0, rank, BLOCK_R):
                 r = r0 + tl.arange(0, BLOCK_R)
                 inside = (m < length)[:, None] & (r < rank)[None, :]
-                left = _hidden(own, first + m, r, inside, row_count, max_rank, SPLITS)
-                right = _rank_rows(flat, numbers, pages, r, rank, column, width, page_elements, BLOCK_N, IN_ROW)
-                part = _dot(left.to(right.dtype), right, part, WIDEN)
+                left = hidden_values(own, first + m[:, None], r[None, :], inside, row_count, max_rank, SPLITS)
+                right = rank_rows(flat, numbers, pages, r, rank, column, width, page_elements, BLOCK_N, IN_ROW)
+                part += dot(left.to(right.dtype), right, WIDEN)
             total += part * tl.load(scaling + which * adapters + adapter)
         if ranks > 0:
             row = tl.load(rows + first + m, mask=m < length, other=0).to(tl.int64)
@@ -191,11 +147,11 @@ def _weight_grad(
         for m0 in range(0, length, BLOCK_M):
             m = m0 + tl.arange(0, BLOCK_M)
             inside = (m < length)[:, None] & (r < rank)[None, :]
-            left = _hidden(hidden, first + m, r, inside, row_count, max_rank, SPLITS)
+            left = hidden_values(hidden, first + m[:, None], r[None, :], inside, row_count, max_rank, SPLITS)
             row = tl.load(rows + first + m, mask=m < length, other=0).to(tl.int64)
             inside = (m < length)[:, None] & (n < width)[None, :]
             values = tl.load(right + row[:, None] * right_stride + (offset + n)[None, :], mask=inside, other=0.0)
-            total = _dot(tl.trans(left.to(values.dtype)), values, total, WIDEN)
+            total += dot(tl.trans(left.to(values.dtype)), values, WIDEN)
         to = out + (tl.program_id(0).to(tl.int64) * max_rank + r[:, None]) * width + n[None, :]
         tl.store(to, total, mask=(r < rank)[:, None] & (n < width)[None, :])
 
@@ -224,36 +180,24 @@ def _add_chunks(
 
 # ---------------------------------------------------------------------- launchers
 
-_INTERPRETED = not isinstance(_shrink, triton.JITFunction)
-
 
 def splits_for(routing: Routing, pages: SitePages, width: int) -> int:
-    """Pieces of a shrink's sum, from shapes alone: only small batches, whose programs would not fill a card, split."""
+    """Pieces of a shrink's sum over `width` columns, from shapes alone."""
     # The fewest blocks that so many rows take: of those that are there, many may be empty.
-    programs = -(-len(routing.rows) // routing.block_rows) * pages.slices
-    splits = 1
-    while splits < _MOST_SPLITS and programs * splits < _PROGRAMS and width >= 2 * splits * _BLOCK_K:
-        splits *= 2
-    return splits
-
-
-def hidden_buffer(routing: Routing, pages: SitePages, splits: int) -> Tensor:
-    """[S, splits, N, largest rank] float32, uninitialised: only each row's own ranks are ever written or read."""
-    shape = (pages.slices, splits, len(routing.rows), pages.max_rank)
-    return torch.empty(shape, dtype=torch.float32, device=pages.flat.device)
+    return splits_of(-(-len(routing.rows) // routing.block_rows) * pages.slices, width)
 
 
 def shrink(out: Tensor, x: Tensor, routing: Routing, pages: SitePages, part: int) -> None:
     """out [S, splits, N, R] = x[rows] Wᵀ. W is A and x [T, in], or W is B and x [T, sum of out widths]."""
     widths = (pages.in_width,) if part == A else pages.out_widths
     splits = out.shape[1]
-    block_r = _block_r(pages.max_rank)
+    block_r = block_of_ranks(pages.max_rank)
     grid = (len(routing.blocks), -(-pages.max_rank // block_r), pages.slices * splits)
     _shrink[grid](
         out, x, routing.rows, routing.blocks, pages.flat, pages.numbers, pages.index, pages.columns,
         x.stride(0), len(routing.rows), pages.adapters, pages.max_rank, pages.page_elements,
-        PART=part, SLICES=pages.slices, SPLITS=splits, BLOCK_M=routing.block_rows, BLOCK_R=block_r, BLOCK_K=_BLOCK_K,
-        IN_ROW=_in_row(_BLOCK_K, widths, pages.page_elements), WIDEN=_INTERPRETED,
+        PART=part, SLICES=pages.slices, SPLITS=splits, BLOCK_M=routing.block_rows, BLOCK_R=block_r,
+        BLOCK_K=TILE_COLUMNS, IN_ROW=in_row(widths, pages.page_elements), WIDEN=INTERPRETED,
     )  # fmt: skip
 
 
@@ -262,13 +206,13 @@ def expand(y: Tensor, hidden: Tensor, routing: Routing, pages: SitePages, part: 
     slices add to y [T, in], in their order."""
     together = part == A
     widths = (pages.in_width,) if together else pages.out_widths
-    grid = (len(routing.blocks), -(-max(widths) // _BLOCK_N), 1 if together else pages.slices)
+    grid = (len(routing.blocks), -(-max(widths) // TILE_COLUMNS), 1 if together else pages.slices)
     _expand[grid](
         y, hidden, routing.rows, routing.blocks, pages.flat, pages.numbers, pages.index, pages.scaling, pages.columns,
         y.stride(0), len(routing.rows), pages.adapters, pages.max_rank, pages.page_elements,
         PART=part, SLICES=pages.slices, SPLITS=hidden.shape[1],
-        BLOCK_M=routing.block_rows, BLOCK_R=min(32, _block_r(pages.max_rank)), BLOCK_N=_BLOCK_N,
-        IN_ROW=_in_row(_BLOCK_N, widths, pages.page_elements), WIDEN=_INTERPRETED,
+        BLOCK_M=routing.block_rows, BLOCK_R=min(32, block_of_ranks(pages.max_rank)), BLOCK_N=TILE_COLUMNS,
+        IN_ROW=in_row(widths, pages.page_elements), WIDEN=INTERPRETED,
         # ptxas before 13.3 miscompiles the pipelined form for sm_90 (triton issue 9433).
         num_stages=1,
     )  # fmt: skip
@@ -286,24 +230,16 @@ def weight_grad(
     """
     if not len(out):
         return
-    width, block_r = out.shape[1], min(32, _block_r(pages.max_rank))
-    tiles = (-(-pages.max_rank // block_r), -(-width // _BLOCK_N))
+    width, block_r = out.shape[1], min(32, block_of_ranks(pages.max_rank))
+    tiles = (-(-pages.max_rank // block_r), -(-width // TILE_COLUMNS))
     index = pages.index[slice_number]
     _weight_grad[(len(routing.chunks), *tiles)](
         parts, hidden[slice_number], right, routing.rows, routing.chunks, index,
         right.stride(0), len(routing.rows), pages.max_rank, offset, width,
-        SPLITS=hidden.shape[1], BLOCK_M=min(64, routing.block_rows), BLOCK_R=block_r, BLOCK_N=_BLOCK_N,
-        WIDEN=_INTERPRETED,
+        SPLITS=hidden.shape[1], BLOCK_M=min(64, routing.block_rows), BLOCK_R=block_r, BLOCK_N=TILE_COLUMNS,
+        WIDEN=INTERPRETED,
     )  # fmt: skip
     _add_chunks[(pages.adapters, *tiles)](
         out, parts, routing.chunk_starts, index, pages.scaling[slice_number], pages.max_rank, width,
-        BLOCK_R=block_r, BLOCK_N=_BLOCK_N,
+        BLOCK_R=block_r, BLOCK_N=TILE_COLUMNS,
     )  # fmt: skip
-
-
-def _block_r(max_rank: int) -> int:
-    return 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64
-
-
-def _in_row(block: int, widths: tuple[int, ...], page_elements: int) -> bool:
-    return page_elements % block == 0 and all(width % block == 0 for width in widths)

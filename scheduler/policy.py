@@ -26,7 +26,7 @@ from coserve.scheduler.admission import Admission, AdmissionPolicy
 from coserve.scheduler.chunks import ChunkPolicy, cut, first_token_slack, with_chunks
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Costs
-from coserve.scheduler.crowd import Crowd, largest_crowd
+from coserve.scheduler.crowd import Crowd
 from coserve.scheduler.device_cost import device_cost, row_seconds
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.features import (
@@ -63,10 +63,11 @@ class Scheduler:
         """
         costs = self._costs
         costs.begin()
-        self.share.meet(state)
+        lineup = Lineup(state, self.share)
+        self.share.meet(state.now, lineup.tenants, state.sweeps)
         if self.share.tenants > 1:
             self.share.row_seconds = row_seconds(self.model)
-        admission = self._admission.decide(state, self.share, self._crowd(state, costs))
+        admission = self._admission.decide(state, self.share, lineup, self._crowd(lineup, costs))
         budget = self._budget(state, admission)
         adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
         decode_load = ForwardLoad(
@@ -131,15 +132,12 @@ class Scheduler:
         """Who waits, in the order in which they would be admitted now, why, and for how long still. Changes nothing."""
         return self._clock.forecast(state, Lineup(state, self.share), self._admission)
 
-    def _crowd(self, state: SchedulerState, costs: Costs) -> Crowd:
+    def _crowd(self, lineup: Lineup, costs: Costs) -> Crowd:
         if not self.share.shared:
             return Crowd()
-        contexts = [r.total_tokens for r in state.requests if r.running]
-        context = sum(contexts) // max(1, len(contexts))
-        seconds = costs.decoding(context)
+        context = sum([r.total_tokens for r in lineup.running]) // max(1, len(lineup.running))
         promise = self.config.itl_seconds
-        least = largest_crowd(seconds, self.config.crowd_share * promise)
-        return Crowd(least, largest_crowd(seconds, promise), self.share.parts(least))
+        return Crowd(costs.decoding(context), self.config.crowd_share * promise, promise, self.share.parts)
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
         self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)

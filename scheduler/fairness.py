@@ -12,7 +12,7 @@ counter may stand far behind theirs: with its first request it is lifted to the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from coserve.scheduler.state import RequestState, SweepState
 
@@ -107,6 +107,13 @@ class FairShare:
         if len(sweeps) < 2 or len(self._weights) < 2:
             return sweeps
         return tuple(sorted(sweeps, key=self._served_of))
+
+    def not_ahead(self, sweeps: tuple[SweepState, ...], tenants: Collection[str]) -> tuple[SweepState, ...]:
+        """Those of whom no one of `tenants` was served less."""
+        if not tenants or len(self._weights) < 2:
+            return sweeps
+        level = min(map(self.served, tenants))
+        return tuple(s for s in sweeps if self._served_of(s) <= level)
 
     def _served_of(self, sweep: SweepState) -> float:
         if len(sweep.jobs) == 1:

@@ -12,14 +12,16 @@ One plan, in this order:
 
 3. *Training* (`training`) fills what is left of the budget, less what first tokens still need: a prompt that goes on
    after this iteration is owed deadline − now − (its remaining iterations). In an iteration that no stream shares the
-   budget is one inter-token promise, because a request may arrive; a training unit larger than that still runs.
+   budget is one inter-token promise, because a request may arrive; a training unit larger than that still runs. A
+   tenant's training gives way to prompts of tenants that were served less, and while several tenants ask all training
+   keeps to a share of the promise.
 
 "Predicted" is the latency model's upper estimate (`latency`); the plan tells both it and the mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from coserve.scheduler.admission import Admission, AdmissionPolicy
@@ -39,7 +41,7 @@ from coserve.scheduler.features import (
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.queue import QueueClock, Queued
-from coserve.scheduler.state import Plan, Prefill, SchedulerState
+from coserve.scheduler.state import Plan, Prefill, SchedulerState, SweepState
 from coserve.scheduler.training import TrainingPolicy
 
 
@@ -81,8 +83,10 @@ class Scheduler:
         load = with_chunks(decode_load, admission.candidates, tokens, adapters)
         serving = costs.serving(load)
         slack = first_token_slack(state.now, admission.candidates, tokens, serving[1])
-        training = self._training.fill(self.share.order_sweeps(state.sweeps), load, min(budget, slack), costs)
-        prefills = tuple(Prefill(c.request.request_id, n) for c, n in cut(admission.candidates, tokens))
+        chunks = cut(admission.candidates, tokens)
+        sweeps, room = self._for_training(state, {c.request.tenant for c, _ in chunks}, min(budget, slack))
+        training = self._training.fill(sweeps, load, room, costs)
+        prefills = tuple(Prefill(c.request.request_id, n) for c, n in chunks)
         plan = Plan(
             decodes=tuple(r.request_id for r in admission.decodes),
             prefills=prefills,
@@ -93,7 +97,7 @@ class Scheduler:
             adapters=admission.adapters,
             budget_seconds=budget,
         )
-        admitted = sum(not c.request.running for c, _ in cut(admission.candidates, tokens))
+        admitted = sum(not c.request.running for c, _ in chunks)
         self._clock.note(state.now, admission.waiting > admitted, admitted)
         mean, upper = serving if training.empty else (training.mean, training.upper)
         return plan if plan.empty else replace(plan, predicted_seconds=mean, upper_seconds=upper)
@@ -138,6 +142,18 @@ class Scheduler:
         context = sum([r.total_tokens for r in lineup.running]) // max(1, len(lineup.running))
         promise = self.config.itl_seconds
         return Crowd(costs.decoding(context), self.config.crowd_share * promise, promise, self.share.parts)
+
+    def _for_training(
+        self, state: SchedulerState, prompts: Collection[str], room: float
+    ) -> tuple[tuple[SweepState, ...], float]:
+        """Which sweeps may fill an iteration that runs prompts of these tenants, and up to how many seconds: nobody's
+        training makes first tokens wait of a tenant that was served less, neither beside its prompts nor, where several
+        ask, by iterations as long as the promise allows."""
+        sweeps = self.share.order_sweeps(state.sweeps)
+        if self.share.shared:
+            room = min(room, self.config.training_share * self.config.itl_seconds)
+        first = self.share.not_ahead(sweeps, prompts)
+        return (first, room) if first else (sweeps, 0.0)  # no room is left but the floor's
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
         self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from scheduler_states import chunks, prompt, request, state, stream, sweep
+from scheduler_states import CREDIT, chunks, meet, prompt, request, share_of, state, stream, sweep
 
 from coserve.scheduler import Scheduler, SchedulerConfig
 from coserve.scheduler.crowd import Crowd, largest_crowd
@@ -18,25 +18,9 @@ from coserve.scheduler.state import (
     Prefill,
     RequestState,
     Ride,
-    SchedulerState,
     SweepJob,
     TenantLimit,
 )
-
-CREDIT = 1.0
-
-
-def meet(share: FairShare, there: SchedulerState) -> None:
-    share.meet(there.now, Lineup(there, share).tenants, there.sweeps)
-
-
-def share_of(served: dict[str, float], weights: dict[str, float] | None = None) -> FairShare:
-    """A share whose tenants are there and have been served so many weighted seconds."""
-    share = FairShare(CREDIT, 60.0)
-    weights = weights or {}
-    meet(share, state(*(request(f"w{i}", tenant=t, weight=weights.get(t, 1.0)) for i, t in enumerate(served))))
-    share.charge({t: seconds * weights.get(t, 1.0) for t, seconds in served.items()})
-    return share
 
 
 def scheduler_with(served: dict[str, float], **config: float) -> Scheduler:

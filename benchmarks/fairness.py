@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Report, commit, say
-from simulate import TTFT_STEPS, WARM_UP, decode_step
+from simulate import ITL_STEPS, TTFT_STEPS, WARM_UP, decode_step
 
 from coserve.scheduler import Scheduler, SchedulerConfig
 from coserve.scheduler.simulation import Setup, cards, simulate
@@ -98,7 +98,7 @@ def main() -> None:
     options.add_argument("--card", choices=list(cards()), default="cpu-270m")
     options.add_argument("--rate", type=float, default=0.1, help="B's requests a second")
     options.add_argument("--times", type=float, default=10.0, help="A's, in B's")
-    options.add_argument("--promise", type=float, default=2.0, help="between tokens, in decode steps of four streams")
+    options.add_argument("--promise", type=float, default=ITL_STEPS, help="between tokens, in steps of four streams")
     options.add_argument("--seconds", type=float, default=240.0)
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--json", type=Path, metavar="FILE")

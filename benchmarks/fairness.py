@@ -5,8 +5,8 @@
 No model and no server: the same scheduler object as the engine's plans under a virtual clock. In the first table tenant
 B sends `--rate` requests a second, at drawn times; then A sends `--times` as many beside it; then A starts five
 finetuning jobs as well. Its rows come twice: with tenants told apart, and with all of them in one first-come queue.
-B's requests are the same in all rows. In the second table both tenants always have 16 requests and five jobs; service
-is device seconds of requests and training together, counted by the simulated device.
+B's requests are the same in all rows. In the second table both tenants always have 16 requests, of which 16 run at
+once, and five jobs; service is device seconds of requests and training together, counted by the simulated device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from coserve.scheduler.simulation.report import percentile, training_rate
 from coserve.scheduler.simulation.workloads import ClosedLoop, Lengths, Sender, Together, Trace, TrainingJob, poisson
 
 JOBS = 5
+PLACES = 16  # where weights are compared, for half of the requests: who waits for nothing has nothing to divide
 LENGTHS = Lengths(64, 64, 0.3)
 
 
@@ -59,7 +61,8 @@ def beside(ledgers: list[Ledger], alone: list[Ledger]) -> dict[str, float | None
 
 
 def contest(make: Callable[[], Any], setup: Setup, weight: float, seconds: float, seed: int) -> dict[str, float]:
-    """Both tenants always have work at both doors; A's weight is `weight`, B's is 1."""
+    """Both tenants always have work waiting at both doors; A's weight is `weight`, B's is 1."""
+    setup = replace(setup, max_running=PLACES)
     loads = [
         ClosedLoop(16, seed + i, LENGTHS, setup.ttft, tenant=tenant, weight=own)
         for i, (tenant, own) in enumerate((("A", weight), ("B", 1.0)))

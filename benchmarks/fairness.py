@@ -5,8 +5,8 @@
 No model and no server: the same scheduler object as the engine's plans under a virtual clock. In the first table tenant
 B sends `--rate` requests a second, at drawn times; then A sends `--times` as many beside it; then A starts five
 finetuning jobs as well. Its rows come twice: with tenants told apart, and with all of them in one first-come queue.
-B's requests are the same in all rows. In the second table both tenants always have 16 requests and five jobs; service
-is device seconds of requests and training together, counted by the simulated device.
+B's requests are the same in all rows. In the second table both tenants always have 16 requests, of which 16 run at
+once, and five jobs; service is device seconds of requests and training together, counted by the simulated device.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from harness import Report, commit, say
-from simulate import TTFT_STEPS, WARM_UP, decode_step
+from simulate import ITL_STEPS, TTFT_STEPS, WARM_UP, decode_step
 
 from coserve.scheduler import Scheduler, SchedulerConfig
 from coserve.scheduler.simulation import Setup, cards, simulate
@@ -28,6 +29,7 @@ from coserve.scheduler.simulation.report import percentile, training_rate
 from coserve.scheduler.simulation.workloads import ClosedLoop, Lengths, Sender, Together, Trace, TrainingJob, poisson
 
 JOBS = 5
+PLACES = 16  # where weights are compared, for half of the requests: who waits for nothing has nothing to divide
 LENGTHS = Lengths(64, 64, 0.3)
 
 
@@ -59,7 +61,8 @@ def beside(ledgers: list[Ledger], alone: list[Ledger]) -> dict[str, float | None
 
 
 def contest(make: Callable[[], Any], setup: Setup, weight: float, seconds: float, seed: int) -> dict[str, float]:
-    """Both tenants always have work at both doors; A's weight is `weight`, B's is 1."""
+    """Both tenants always have work waiting at both doors; A's weight is `weight`, B's is 1."""
+    setup = replace(setup, max_running=PLACES)
     loads = [
         ClosedLoop(16, seed + i, LENGTHS, setup.ttft, tenant=tenant, weight=own)
         for i, (tenant, own) in enumerate((("A", weight), ("B", 1.0)))
@@ -98,7 +101,7 @@ def main() -> None:
     options.add_argument("--card", choices=list(cards()), default="cpu-270m")
     options.add_argument("--rate", type=float, default=0.1, help="B's requests a second")
     options.add_argument("--times", type=float, default=10.0, help="A's, in B's")
-    options.add_argument("--promise", type=float, default=2.0, help="between tokens, in decode steps of four streams")
+    options.add_argument("--promise", type=float, default=ITL_STEPS, help="between tokens, in steps of four streams")
     options.add_argument("--seconds", type=float, default=240.0)
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--json", type=Path, metavar="FILE")

@@ -1,7 +1,7 @@
 """Policies side by side, in the simulator: what each keeps of the promises and of training, on a named card.
 
     python benchmarks/simulate.py [--card cpu-270m] [--streams 4 | --arrivals gamma --rate 0.8 --cv 4] [--jobs 1]
-        [--promise 2] [--fault restart] [--plot FILE.png] [--json FILE]
+        [--promise 4] [--fault restart] [--plot FILE.png] [--json FILE]
     python benchmarks/simulate.py --fleet --tenants 2000 --adapters 2 --rate 50 --jobs 100
 
 No model and no server: the same scheduler object as the engine's plans under a virtual clock. The card says what work
@@ -50,7 +50,9 @@ from coserve.scheduler.simulation.workloads import (
 
 WARM_UP = 10.0  # seconds that no figure counts
 PROMISED_STREAMS = 4  # the promise is a multiple of the decode step at this many
-TTFT_STEPS = 20.0  # a first token is promised after so many inter-token promises
+# As a server on a CPU promises by default (server/engine/start.py):
+ITL_STEPS = 4.0  # a token after so many decode steps
+TTFT_STEPS = 10.0  # a first token after so many inter-token promises
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--tenants", type=int, default=1)
     options.add_argument("--adapters", type=int, default=0, help="of every tenant")
     options.add_argument("--power", type=float, default=1.0, help="of the popularity of tenants and adapters")
-    options.add_argument("--promise", type=float, default=2.0, help="between tokens, in decode steps of four streams")
+    options.add_argument("--promise", type=float, default=ITL_STEPS, help="between tokens, in steps of four streams")
     options.add_argument("--itl-ms", type=float, help="the same in milliseconds")
     options.add_argument("--window", type=int, default=256, help="rows of a training unit, at most")
     options.add_argument("--seconds", type=float, default=120.0, help="virtual, after a warm-up")

@@ -31,6 +31,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil
+from operator import attrgetter
 
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.crowd import Crowd
@@ -78,8 +79,7 @@ class AdmissionPolicy:
         self.closed_by = TURN  # why the queue went no further
         self.kept_back: dict[str, str] = {}  # request, or tenant, that was passed over -> why
 
-    def decide(self, state: SchedulerState, share: FairShare, crowd: Crowd) -> Admission:
-        lineup = Lineup(state, share)
+    def decide(self, state: SchedulerState, share: FairShare, lineup: Lineup, crowd: Crowd) -> Admission:
         running = lineup.running
         room = Room(state, running)
         decodes, preempted, unservable = _run_decodes(running, room)
@@ -91,7 +91,7 @@ class AdmissionPolicy:
             self._break_deadlock(queue, alive, preempted, unservable)
         self._blocked_since, self.closed_by, self.kept_back = queue.blocked_since, queue.closed_by, queue.kept_back
         unservable += queue.unservable
-        decodes.sort(key=lambda r: r.arrived)
+        decodes.sort(key=attrgetter("arrived"))
         ahead = [*alive, *(c.request for c in queue.chunks), *queue.looked_at]
         others = [r for r in state.requests if r.request_id not in preempted] if preempted else state.requests
         adapters = _wanted(ahead, others, state.max_adapters)
@@ -239,11 +239,13 @@ class _Queue:
         return False
 
     def _remember(self, blocked: dict[str, float]) -> None:
-        """Since when who is blocked: who came up and was not is forgotten, and so is who is gone."""
+        """Since when who is blocked: who came up and was not is forgotten; so is who is gone, once those are many."""
         if self._was_blocked:
             came_up = {r.request_id for r in self.looked_at}
+            blocked |= {k: v for k, v in self._was_blocked.items() if k not in came_up}
+        if len(blocked) > len(self._state.requests) - len(self._lineup.running):
             waiting = {r.request_id for r in self._state.requests if not r.running}
-            blocked |= {k: v for k, v in self._was_blocked.items() if k in waiting and k not in came_up}
+            blocked = {k: v for k, v in blocked.items() if k in waiting}
         self.blocked_since = blocked
 
 
@@ -262,10 +264,10 @@ def _run_decodes(running: list[RequestState], room: Room) -> tuple[list[RequestS
     for r in running:
         if not r.decoding or not r.adapter_ready or r.request_id in preempted:
             continue
-        need = room.needed(r, r.total_tokens)
-        if not need:
+        if r.total_tokens <= r.blocks_held * room.size:
             decodes.append(r)
             continue
+        need = room.needed(r, r.total_tokens)
         own = [o for o in alive if o.tenant == r.tenant] if need > room.left_of_share(r.tenant) else []
         while need > room.left_of_share(r.tenant) and own[-1] is not r:
             step_back(own.pop())

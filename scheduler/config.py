@@ -24,6 +24,7 @@ class SchedulerConfig:
     credit: float = 1.0  # seconds, by weight, that a tenant may be behind the others when it comes back
     remembered: float = 60.0  # seconds for which the promises of a tenant that has gone are still protected
     crowd_share: float = 0.6  # of the inter-token promise: what decodes may take before a tenant's own crowd waits
+    training_share: float = 0.8  # of the same: what iterations that train may take while several tenants ask
     decode_reserve: float = 0.25  # free blocks a running request that admission leaves for growing streams
     quantile: float = 0.99  # of recent iterations beside streams, that end within their upper estimate
     prompt_quantile: float = 0.9  # the same, of prompts' iterations while they are being cut

@@ -10,7 +10,7 @@ So one matrix product gives a `Line` for each size in question, and every questi
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import sqrt
 
 import numpy as np
@@ -18,13 +18,14 @@ import numpy as np
 from coserve.scheduler.features import (
     ROW_KNOTS,
     ForwardLoad,
+    Matrix,
     Vector,
     attention_work,
     backward_line,
     base_vector,
     coarse,
     head_line,
-    ride_line,
+    ride_lines,
     slice_line,
 )
 from coserve.scheduler.latency import LatencyModel, Line
@@ -32,6 +33,8 @@ from coserve.scheduler.state import SweepState
 
 Cost = tuple[float, float]  # (mean, upper) seconds
 _Pair = tuple[Vector, Vector]  # (what a line starts from, its direction)
+_Pairs = tuple[Matrix, Matrix]  # the same of several sizes
+_MOST_LISTS = 64  # of sizes whose features are kept: most often they are those of a whole window
 
 
 class Costs:
@@ -42,7 +45,7 @@ class Costs:
 
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
-        self._features: dict[tuple[str, int], _Pair] = {}  # kept for ever: sizes are few
+        self._features: dict[tuple[str, tuple[int, ...]], _Pairs] = {}
         self._streams = np.array([1, *ROW_KNOTS[1:], 2 * ROW_KNOTS[-1]])
         self._decodes = np.array([base_vector(ForwardLoad(decode_rows=n, logit_rows=n)) for n in self._streams])
         self._contexts = base_vector(ForwardLoad(decode_rows=1, decode_context=1)) - base_vector(ForwardLoad(1))
@@ -52,10 +55,11 @@ class Costs:
         """Forget the answers: the model may have learned since."""
         self._boost = self._model.margins.boost
         self._bases: dict[ForwardLoad, tuple[float, float]] = {}  # (mean, deviation)
-        self._lines: dict[tuple[str, int], Line] = {}
+        self._lines: dict[tuple[str, tuple[int, ...]], list[Line]] = {}
+        self._heads: dict[tuple[int, int, int], Cost] = {}
         self._backwards: dict[tuple[int, int], Cost] = {}
-        self._rides: dict[tuple[int, int], Line] = {}
-        self._slices: dict[tuple[int, int, int, int, float, int], tuple[int, int, Cost] | None] = {}
+        self._rides: dict[tuple[tuple[int, ...], int], list[Line]] = {}
+        self._slices: dict[tuple[tuple[int, ...], int, int, float, int], tuple[int, int, Cost] | None] = {}
         self._ridden: ForwardLoad | None = None
         self._most_margin = float("inf")
 
@@ -87,91 +91,96 @@ class Costs:
 
     def ride(self, load: ForwardLoad, sweep: SweepState, before: int, rows: int) -> Cost:
         """As `base`, with `rows` rows of `sweep` riding along that come after `before` others of its stream."""
-        mean, upper = self._at(self._ride_line(load, sweep, rows), attention_work(before, rows) / 1e6)
+        (line,) = self._ride_lines(load, (rows,), len(sweep.jobs))
+        mean, upper = self._at(line, attention_work(before, rows) / 1e6)
         return mean, upper + self.margin(load)
 
-    def _ride_line(self, load: ForwardLoad, sweep: SweepState, rows: int) -> Line:
+    def _ride_lines(self, load: ForwardLoad, sizes: tuple[int, ...], jobs: int) -> list[Line]:
         if load is not self._ridden:
             self._ridden, self._rides = load, {}
-        key = (rows, len(sweep.jobs))
-        line = self._rides.get(key)
-        if line is None:
-            fixed, slope = ride_line(load, rows, len(sweep.jobs))
-            line = self._rides[key] = self._model.lines(fixed[None], slope[None])[0]
-        return line
+        lines = self._rides.get((sizes, jobs))
+        if lines is None:
+            lines = self._rides[sizes, jobs] = self._model.lines(*ride_lines(load, sizes, jobs))
+        return lines
 
     def head(self, rows: int, steps: int, of: int, whole: int) -> Cost:
         """`steps` of the `of` sub-steps of a batch of `rows` label rows; `whole` rows are the largest batch."""
-        line = self._line("head", rows, head_line)
-        cost = self._at(line, steps / of)
-        if steps < of:
-            cost = _no_more_than(cost, self._at(line, 1.0))
-        return cost if rows >= whole else _no_more_than(cost, self._at(self._line("head", whole, head_line), 1.0))
+        known = self._heads.get((rows, steps, of))
+        if known is None:
+            (line,) = self._lines_of("head", (rows,), head_line)
+            known = self._at(line, steps / of)
+            if steps < of:
+                known = _no_more_than(known, self.head(rows, of, of, whole))
+            elif rows < whole:
+                known = _no_more_than(known, self.head(whole, of, of, whole))
+            self._heads[rows, steps, of] = known
+        return known
 
     def backward(self, tokens: int, before: int, whole: int) -> Cost:
+        (line,) = self._lines_of("backward", (tokens,), backward_line)
+        return self._backward(line, tokens, before, whole)
+
+    def _backward(self, line: Line, tokens: int, before: int, whole: int) -> Cost:
         key = (tokens, coarse(before))
         known = self._backwards.get(key)
         if known is None:
-            work = attention_work(key[1], tokens) / 1e6
-            known = self._at(self._line("backward", tokens, backward_line), work)
+            known = self._at(line, attention_work(key[1], tokens) / 1e6)
             if tokens < whole:
                 known = _no_more_than(known, self.backward(whole, before, whole))
             self._backwards[key] = known
         return known
 
     def slice(self, tokens: int, layers: int, of: int) -> Cost:
-        return self._at(self._line("slice", tokens, slice_line), layers / of)
+        (line,) = self._lines_of("slice", (tokens,), slice_line)
+        return self._at(line, layers / of)
+
+    # Of a long list of sizes most are refused by their mean alone, which is quicker than their upper estimate.
 
     def largest_ride(
-        self, load: ForwardLoad, sweep: SweepState, before: int, sizes: Sequence[int], room: float, which: int
+        self, load: ForwardLoad, sweep: SweepState, before: int, sizes: tuple[int, ...], room: float, which: int
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` with which the packed forward stays within `room` seconds, and what it then costs."""
         margin, boost = (self.margin(load), self._boost) if which else (0.0, 1.0)
-        whole = self.ride(load, sweep, before, sizes[0])
-        if whole[which] <= room:
-            return sizes[0], whole
-        self._know_rides(load, sizes, len(sweep.jobs))
-        for rows in sizes[1:]:
-            line = self._ride_line(load, sweep, rows)
-            if (
-                boost * (line[0] + attention_work(before, rows) / 1e6 * line[1]) + margin <= room
-            ):  # most are refused here
-                cost = self.ride(load, sweep, before, rows)
+        (smallest,) = self._ride_lines(load, sizes[-1:], len(sweep.jobs))
+        if boost * smallest[0] + margin > room:
+            return None
+        for rows, line in zip(sizes, self._ride_lines(load, sizes, len(sweep.jobs)), strict=True):
+            work = attention_work(before, rows) / 1e6
+            if boost * (line[0] + work * line[1]) + margin <= room:
+                mean, upper = self._at(line, work)
+                cost = mean, upper + self.margin(load)
                 if cost[which] <= room:
                     return rows, cost
         return None
 
     def largest_backward(
-        self, sizes: Sequence[int], rows_before: int, window: int, left: float, which: int
+        self, sizes: tuple[int, ...], rows_before: int, window: int, left: float, which: int
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` whose unit, the last of `rows_before` rows, takes at most `left` seconds; its cost."""
         boost = self._boost if which else 1.0
-        if sizes[0] != sizes[-1] and boost * self._line("backward", sizes[0], backward_line)[0] > left:
-            self._know("backward", sizes, backward_line)
-        for tokens in sizes:
-            if boost * self._line("backward", tokens, backward_line)[0] <= left:  # few come so far
-                cost = self.backward(tokens, rows_before - tokens, window)
+        for tokens, line in zip(sizes, self._lines_of("backward", sizes, backward_line), strict=True):
+            if boost * line[0] <= left:
+                cost = self._backward(line, tokens, rows_before - tokens, window)
                 if cost[which] <= left:
                     return tokens, cost
         return None
 
     def largest_slice(
-        self, sizes: Sequence[int], todo: int, of: int, left: float, which: int
+        self, sizes: tuple[int, ...], todo: int, of: int, left: float, which: int
     ) -> tuple[int, int, Cost] | None:
         """Which of `sizes` through how many of `todo` more layers moves the most rows x layers in `left` seconds, and
         what it costs; of equals the earlier one."""
-        key = (sizes[0], len(sizes), todo, of, left, which)
+        key = (sizes, todo, of, left, which)
         if key not in self._slices:
             boost = self._boost if which else 1.0
-            self._know("slice", sizes, slice_line)
-            best, tokens = 0, 0
-            for n in sizes:
-                line = self._lines["slice", n]
-                if n * todo > best and boost * (line[0] + line[1] / of) <= left:
+            best: tuple[int, int, Cost] | None = None
+            most_moved = 0
+            for n, line in zip(sizes, self._lines_of("slice", sizes, slice_line), strict=True):
+                if n * todo > most_moved and boost * (line[0] + line[1] / of) <= left:
                     depth = self._layers(line, todo, of, left, which)
-                    if n * depth > best:
-                        best, tokens = n * depth, n
-            self._slices[key] = (tokens, best // tokens, self.slice(tokens, best // tokens, of)) if best else None
+                    if n * depth > most_moved:
+                        best, most_moved = (n, depth, self._at(line, depth / of)), n * depth
+            self._slices[key] = best
         return self._slices[key]
 
     def _layers(self, line: Line, todo: int, of: int, left: float, which: int) -> int:
@@ -190,33 +199,18 @@ class Costs:
 
         return at
 
-    def _know(self, kind: str, sizes: Sequence[int], make: Callable[[int], _Pair]) -> None:
-        """Work out the lines of all `sizes` at once."""
-        missing = [n for n in sizes if (kind, n) not in self._lines]
-        if missing:
-            pairs = [self._pair(kind, n, make) for n in missing]
-            lines = self._model.lines(np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs]))
-            self._lines.update(zip(((kind, n) for n in missing), lines, strict=True))
-
-    def _know_rides(self, load: ForwardLoad, sizes: Sequence[int], jobs: int) -> None:
-        missing = [(n, jobs) for n in sizes if (n, jobs) not in self._rides]
-        if missing:
-            pairs = [ride_line(load, *key) for key in missing]
-            lines = self._model.lines(np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs]))
-            self._rides.update(zip(missing, lines, strict=True))
-
-    def _pair(self, kind: str, size: int, make: Callable[[int], _Pair]) -> _Pair:
-        pair = self._features.get((kind, size))
-        if pair is None:
-            pair = self._features[kind, size] = make(size)
-        return pair
-
-    def _line(self, kind: str, size: int, make: Callable[[int], _Pair]) -> Line:
-        line = self._lines.get((kind, size))
-        if line is None:
-            fixed, slope = self._pair(kind, size, make)
-            line = self._lines[kind, size] = self._model.lines(fixed[None], slope[None])[0]
-        return line
+    def _lines_of(self, kind: str, sizes: tuple[int, ...], make: Callable[[int], _Pair]) -> list[Line]:
+        key = (kind, sizes)
+        lines = self._lines.get(key)
+        if lines is None:
+            pairs = self._features.get(key)
+            if pairs is None:
+                if len(self._features) >= _MOST_LISTS:
+                    self._features.clear()
+                fixed, slope = zip(*map(make, sizes), strict=True)
+                pairs = self._features[key] = np.array(fixed), np.array(slope)
+            lines = self._lines[key] = self._model.lines(*pairs)
+        return lines
 
     def _at(self, line: Line, x: float) -> Cost:
         mean0, mean1, var0, var1, var2 = line

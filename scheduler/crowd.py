@@ -11,7 +11,8 @@ least-served one, while they would keep the promise.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 from coserve.scheduler.state import RequestState
 
@@ -19,25 +20,33 @@ _LARGEST = 4096
 
 
 class Crowd:
-    """`least`: streams that leave room for other tenants' prompts; `most`: streams that keep the promise at all;
-    `parts`: of `least`, what each tenant may have in any case. None: no limit."""
+    """`seconds(n)`: what the decodes of n streams take, never less for more of them; None: no limit. `least` seconds
+    leave room for other tenants' prompts, `most` keep the promise at all. `divide(n)`: what each tenant may have in any
+    case, where n streams take `least`."""
 
-    def __init__(self, least: int = 0, most: int = 0, parts: Mapping[str, float] | None = None) -> None:
-        self._least, self._most, self._parts = least, most, parts
+    def __init__(self, seconds: Callable[[int], float] | None = None, least: float = 0.0, most: float = 0.0,
+                 divide: Callable[[float], Mapping[str, float]] = lambda whole: {}) -> None:  # fmt: skip
+        self._seconds, self._least, self._most, self._divide = seconds, least, most, divide
         self._running: Counter[str] = Counter()
+        self._streams = 0  # all of them
 
-    def begin(self, running: Iterable[RequestState]) -> None:
-        if self._parts is not None:
-            self._running = Counter(r.tenant for r in running)
+    def begin(self, running: Sequence[RequestState]) -> None:
+        if self._seconds is not None:
+            self._running, self._streams = Counter([r.tenant for r in running]), len(running)
 
     def admit(self, tenant: str) -> None:
         self._running[tenant] += 1
+        self._streams += 1
 
     def has_room(self, tenant: str, least_served: bool) -> bool:
         """For one more request of the tenant. One may always run."""
-        if self._parts is None or self._running.total() < (self._most if least_served else self._least):
+        if self._seconds is None or self._seconds(self._streams + 1) <= (self._most if least_served else self._least):
             return True
         return self._running[tenant] < max(1.0, self._parts.get(tenant, 0.0))
+
+    @cached_property
+    def _parts(self) -> Mapping[str, float]:
+        return {} if self._seconds is None else self._divide(largest_crowd(self._seconds, self._least))
 
 
 def largest_crowd(seconds: Callable[[int], float], limit: float) -> int:

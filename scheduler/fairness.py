@@ -12,9 +12,9 @@ counter may stand far behind theirs: with its first request it is lifted to the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
-from coserve.scheduler.state import RequestState, SchedulerState, SweepState
+from coserve.scheduler.state import RequestState, SweepState
 
 
 class FairShare:
@@ -31,15 +31,12 @@ class FairShare:
         self._lately: dict[str, tuple[float, float]] = {}  # tenant -> when it last had a request, and its weight
         self.row_seconds = 1e-3  # what a prompt row costs, as the planner expects
 
-    def meet(self, state: SchedulerState) -> None:
-        """Who has something to run now. Lifts those that had not, the last time."""
-        asking = {r.tenant: r.weight for r in state.requests}
-        there = dict(asking)
-        for sweep in state.sweeps:
-            for job in sweep.jobs:
-                there[job.tenant] = job.weight
-        self._take_levels()
+    def meet(self, now: float, asking: Mapping[str, float], sweeps: Iterable[SweepState]) -> None:
+        """Who has something to run now: tenants with requests and their weights, and those that train. Lifts those that
+        had nothing, the last time."""
+        there = {**asking, **{job.tenant: job.weight for sweep in sweeps for job in sweep.jobs}}
         if there.keys() != self._weights.keys() or asking.keys() != self._asking:
+            self._take_levels()  # of those that were there
             stayed = [self._served[t] for t in there if t in self._weights]
             asked = [self._served[t] for t in asking if t in self._asking]
             level = max(0.0, min(stayed, default=self._level) - self._credit)
@@ -53,9 +50,9 @@ class FairShare:
         self._weights, self._asking = there, set(asking)
         self._take_levels()
         for tenant, weight in asking.items():
-            self._lately[tenant] = state.now, weight
+            self._lately[tenant] = now, weight
         if len(self._lately) > len(asking):
-            self._lately = {t: seen for t, seen in self._lately.items() if seen[0] >= state.now - self._remembered}
+            self._lately = {t: seen for t, seen in self._lately.items() if seen[0] >= now - self._remembered}
 
     def _take_levels(self) -> None:
         if self._weights:
@@ -91,7 +88,8 @@ class FairShare:
 
     def served(self, tenant: str) -> float:
         """Weighted seconds; of a tenant that was never there, those that it would begin with."""
-        return self._served.get(tenant, max(0.0, self._level - self._credit))
+        served = self._served.get(tenant)
+        return max(0.0, self._level - self._credit) if served is None else served
 
     def charge(self, seconds: Mapping[str, float]) -> None:
         """Device seconds by tenant, of those that are there; what an iteration outside of plans took (a calibration)
@@ -108,7 +106,19 @@ class FairShare:
         """The least-served tenant's first, else as they came. A sweep of several tenants goes with the least served."""
         if len(sweeps) < 2 or len(self._weights) < 2:
             return sweeps
-        return tuple(sorted(sweeps, key=lambda s: min((self.served(job.tenant) for job in s.jobs), default=0.0)))
+        return tuple(sorted(sweeps, key=self._served_of))
+
+    def not_ahead(self, sweeps: tuple[SweepState, ...], tenants: Collection[str]) -> tuple[SweepState, ...]:
+        """Those of whom no one of `tenants` was served less."""
+        if not tenants or len(self._weights) < 2:
+            return sweeps
+        level = min(map(self.served, tenants))
+        return tuple(s for s in sweeps if self._served_of(s) <= level)
+
+    def _served_of(self, sweep: SweepState) -> float:
+        if len(sweep.jobs) == 1:
+            return self.served(sweep.jobs[0].tenant)
+        return min((self.served(job.tenant) for job in sweep.jobs), default=0.0)
 
     def order_running(self, requests: list[RequestState]) -> list[RequestState]:
         """The least-served tenant's first, else as they came."""

@@ -146,10 +146,14 @@ def overhead_vector() -> Vector:
     return _unit_vector(OVERHEAD)
 
 
-def ride_line(load: ForwardLoad, rows: int, jobs: int) -> tuple[Vector, Vector]:
-    """As `base_vector`, with `rows` rows of a sweep of `jobs` jobs riding along: (what does not depend on their
-    attention products, a million of those)."""
-    return base_vector(load.with_ridden(rows, 0, jobs)), _unit_vector(RIDE + 2)
+def ride_lines(load: ForwardLoad, sizes: Sequence[int], jobs: int) -> tuple[Matrix, Matrix]:
+    """As `base_vector`, once for each of `sizes` rows of a sweep of `jobs` jobs that ride along: (what does not depend
+    on their attention products, a million of those)."""
+    fixed = np.array([_forward(load.with_ridden(rows, 0, jobs)) for rows in sizes])
+    fixed[:, OVERHEAD] = 1.0
+    slope = np.zeros_like(fixed)
+    slope[:, RIDE + 2] = 1.0
+    return fixed, slope
 
 
 def head_line(rows: int) -> tuple[Vector, Vector]:

@@ -1,15 +1,17 @@
 """The order of a plan: who runs and who waits, class by class, the least-served tenant first.
 
 It may assume that requests come in order of arrival. Its one pass over them sorts nothing: turns between tenants, and
-the order of a tenant's own requests, are worked out only as far as the queue is admitted.
+the order of a tenant's own requests, are worked out only as far as the queue is admitted. So the share may meet the
+tenants that the lineup names before it is asked for an order.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from heapq import heapify, heappop, heapreplace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.state import RequestState, SchedulerState
@@ -55,7 +57,13 @@ class Lineup:
                     continue
             queues[r.tenant].append(r)
 
-    @property
+    @cached_property
+    def tenants(self) -> dict[str, float]:
+        """Those with requests, and their weights."""
+        running = {r.tenant: r.weight for r in chain(*self._running)}
+        return running | {tenant: queue[0].weight for queues in self._queues for tenant, queue in queues.items()}
+
+    @cached_property
     def running(self) -> list[RequestState]:
         """Decodes and running prompts; who steps back first is last."""
         return [r for requests in self._running for r in self._share.order_running(requests)]

@@ -12,21 +12,23 @@ One plan, in this order:
 
 3. *Training* (`training`) fills what is left of the budget, less what first tokens still need: a prompt that goes on
    after this iteration is owed deadline − now − (its remaining iterations). In an iteration that no stream shares the
-   budget is one inter-token promise, because a request may arrive; a training unit larger than that still runs.
+   budget is one inter-token promise, because a request may arrive; a training unit larger than that still runs. A
+   tenant's training gives way to prompts of tenants that were served less, and while several tenants ask all training
+   keeps to a share of the promise.
 
 "Predicted" is the latency model's upper estimate (`latency`); the plan tells both it and the mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from coserve.scheduler.admission import Admission, AdmissionPolicy
 from coserve.scheduler.chunks import ChunkPolicy, cut, first_token_slack, with_chunks
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Costs
-from coserve.scheduler.crowd import Crowd, largest_crowd
+from coserve.scheduler.crowd import Crowd
 from coserve.scheduler.device_cost import device_cost, row_seconds
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.features import (
@@ -39,7 +41,7 @@ from coserve.scheduler.features import (
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.queue import QueueClock, Queued
-from coserve.scheduler.state import Plan, Prefill, SchedulerState
+from coserve.scheduler.state import Plan, Prefill, SchedulerState, SweepState
 from coserve.scheduler.training import TrainingPolicy
 
 
@@ -63,10 +65,11 @@ class Scheduler:
         """
         costs = self._costs
         costs.begin()
-        self.share.meet(state)
+        lineup = Lineup(state, self.share)
+        self.share.meet(state.now, lineup.tenants, state.sweeps)
         if self.share.tenants > 1:
             self.share.row_seconds = row_seconds(self.model)
-        admission = self._admission.decide(state, self.share, self._crowd(state, costs))
+        admission = self._admission.decide(state, self.share, lineup, self._crowd(lineup, costs))
         budget = self._budget(state, admission)
         adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
         decode_load = ForwardLoad(
@@ -80,8 +83,10 @@ class Scheduler:
         load = with_chunks(decode_load, admission.candidates, tokens, adapters)
         serving = costs.serving(load)
         slack = first_token_slack(state.now, admission.candidates, tokens, serving[1])
-        training = self._training.fill(self.share.order_sweeps(state.sweeps), load, min(budget, slack), costs)
-        prefills = tuple(Prefill(c.request.request_id, n) for c, n in cut(admission.candidates, tokens))
+        chunks = cut(admission.candidates, tokens)
+        sweeps, room = self._for_training(state, {c.request.tenant for c, _ in chunks}, min(budget, slack))
+        training = self._training.fill(sweeps, load, room, costs)
+        prefills = tuple(Prefill(c.request.request_id, n) for c, n in chunks)
         plan = Plan(
             decodes=tuple(r.request_id for r in admission.decodes),
             prefills=prefills,
@@ -92,7 +97,7 @@ class Scheduler:
             adapters=admission.adapters,
             budget_seconds=budget,
         )
-        admitted = sum(not c.request.running for c, _ in cut(admission.candidates, tokens))
+        admitted = sum(not c.request.running for c, _ in chunks)
         self._clock.note(state.now, admission.waiting > admitted, admitted)
         mean, upper = serving if training.empty else (training.mean, training.upper)
         return plan if plan.empty else replace(plan, predicted_seconds=mean, upper_seconds=upper)
@@ -131,15 +136,24 @@ class Scheduler:
         """Who waits, in the order in which they would be admitted now, why, and for how long still. Changes nothing."""
         return self._clock.forecast(state, Lineup(state, self.share), self._admission)
 
-    def _crowd(self, state: SchedulerState, costs: Costs) -> Crowd:
+    def _crowd(self, lineup: Lineup, costs: Costs) -> Crowd:
         if not self.share.shared:
             return Crowd()
-        contexts = [r.total_tokens for r in state.requests if r.running]
-        context = sum(contexts) // max(1, len(contexts))
-        seconds = costs.decoding(context)
+        context = sum([r.total_tokens for r in lineup.running]) // max(1, len(lineup.running))
         promise = self.config.itl_seconds
-        least = largest_crowd(seconds, self.config.crowd_share * promise)
-        return Crowd(least, largest_crowd(seconds, promise), self.share.parts(least))
+        return Crowd(costs.decoding(context), self.config.crowd_share * promise, promise, self.share.parts)
+
+    def _for_training(
+        self, state: SchedulerState, prompts: Collection[str], room: float
+    ) -> tuple[tuple[SweepState, ...], float]:
+        """Which sweeps may fill an iteration that runs prompts of these tenants, and up to how many seconds: nobody's
+        training makes first tokens wait of a tenant that was served less, neither beside its prompts nor, where several
+        ask, by iterations as long as the promise allows."""
+        sweeps = self.share.order_sweeps(state.sweeps)
+        if self.share.shared:
+            room = min(room, self.config.training_share * self.config.itl_seconds)
+        first = self.share.not_ahead(sweeps, prompts)
+        return (first, room) if first else (sweeps, 0.0)  # no room is left but the floor's
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
         self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)

@@ -79,6 +79,7 @@ class TrainingPolicy:
         self._config = config
         self._owed: dict[str, float] = dict.fromkeys(PRIORITIES, 0.0)
         self._fine: dict[int, tuple[int, ...]] = {}  # a window's sizes, worked out once
+        self._powers: dict[int, tuple[int, ...]] = {}  # a ride's
 
     def fill(
         self,
@@ -258,13 +259,12 @@ class TrainingPolicy:
             sizes = self._fine[whole] = (whole, *range((whole - 1) // 32 * 32, 31, -32), *small)
         return sizes
 
-    def _sizes(self, whole: int) -> list[int]:
+    def _sizes(self, whole: int) -> tuple[int, ...]:
         """`whole`, then the powers of two below it down to `min_window`."""
-        sizes = [whole]
-        size = 1 << max(0, (whole - 1).bit_length() - 1)
-        while size >= self._config.min_window and size < whole:
-            sizes.append(size)
-            size >>= 1
+        sizes = self._powers.get(whole)
+        if sizes is None:
+            below = (1 << n for n in range((whole - 1).bit_length() - 1, -1, -1))
+            sizes = self._powers[whole] = (whole, *(n for n in below if self._config.min_window <= n))
         return sizes
 
 

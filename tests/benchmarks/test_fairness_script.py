@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fairness.py"
 def test_a_small_tenant_keeps_its_first_tokens_and_service_follows_weights(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--seconds=45", "--seeds=1", "--rate=0.3", f"--json={figures}"],
+        [sys.executable, str(SCRIPT), "--seconds=45", "--seeds=1", "--rate=0.6", f"--json={figures}"],
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -25,4 +25,4 @@ def test_a_small_tenant_keeps_its_first_tokens_and_service_follows_weights(tmp_p
     assert ours < 0.8 * theirs
     assert found["told apart, 1:1"]["A / B"] == pytest.approx(1.0, rel=0.15)
     assert found["told apart, 3:1"]["A / B"] == pytest.approx(3.0, rel=0.2)
-    assert found["one queue, 3:1"]["A / B"] < 1.5
+    assert found["one queue, 3:1"]["A / B"] < 2.4

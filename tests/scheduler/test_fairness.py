@@ -5,25 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from scheduler_states import chunks, prompt, request, state, stream, sweep
+from scheduler_states import CREDIT, chunks, meet, prompt, request, share_of, state, stream, sweep
 
 from coserve.scheduler import Scheduler, SchedulerConfig
 from coserve.scheduler.crowd import Crowd, largest_crowd
 from coserve.scheduler.device_cost import device_cost, prices, serving_loads, total
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.lineup import Lineup
-from coserve.scheduler.state import BackwardUnit, Plan, Prefill, RequestState, Ride, SweepJob, TenantLimit
-
-CREDIT = 1.0
-
-
-def share_of(served: dict[str, float], weights: dict[str, float] | None = None) -> FairShare:
-    """A share whose tenants are there and have been served so many weighted seconds."""
-    share = FairShare(CREDIT, 60.0)
-    weights = weights or {}
-    share.meet(state(*(request(f"w{i}", tenant=t, weight=weights.get(t, 1.0)) for i, t in enumerate(served))))
-    share.charge({t: seconds * weights.get(t, 1.0) for t, seconds in served.items()})
-    return share
+from coserve.scheduler.state import (
+    BackwardUnit,
+    Plan,
+    Prefill,
+    RequestState,
+    Ride,
+    SweepJob,
+    TenantLimit,
+)
 
 
 def scheduler_with(served: dict[str, float], **config: float) -> Scheduler:
@@ -41,25 +38,25 @@ def names(lineup: Lineup) -> list[str]:
 
 def test_a_tenant_that_comes_back_is_lifted_to_who_stayed_less_the_credit() -> None:
     share = share_of({"a": 10.0, "b": 2.0, "c": 30.0})
-    share.meet(state(request("w1", tenant="a"), request("w2", tenant="c")))
+    meet(share, state(request("w1", tenant="a"), request("w2", tenant="c")))
     assert share.served("b") == 2.0, "who is away is not charged and not lifted"
-    share.meet(state(request("w1", tenant="a"), request("w2", tenant="b"), request("w3", tenant="c")))
+    meet(share, state(request("w1", tenant="a"), request("w2", tenant="b"), request("w3", tenant="c")))
     assert share.served("b") == 10.0 - CREDIT and share.served("a") == 10.0 and share.served("c") == 30.0
-    share.meet(state(request("w1", tenant="a"), request("w3", tenant="d")))
+    meet(share, state(request("w1", tenant="a"), request("w3", tenant="d")))
     assert share.served("d") == 10.0 - CREDIT, "a newcomer begins where a returning one does"
 
 
 def test_a_tenant_that_was_served_more_keeps_its_counter_while_it_is_away() -> None:
     share = share_of({"a": 10.0, "b": 50.0})
-    share.meet(state(request("w1", tenant="a")))
-    share.meet(state(request("w1", tenant="a"), request("w2", tenant="b")))
+    meet(share, state(request("w1", tenant="a")))
+    meet(share, state(request("w1", tenant="a"), request("w2", tenant="b")))
     assert share.served("b") == 50.0
 
 
 def test_who_comes_to_an_empty_server_begins_where_the_last_ones_left() -> None:
     share = share_of({"a": 10.0, "b": 12.0})
-    share.meet(state())
-    share.meet(state(request("w1", tenant="c")))
+    meet(share, state())
+    meet(share, state(request("w1", tenant="c")))
     assert share.served("c") == 10.0 - CREDIT
 
 
@@ -70,15 +67,15 @@ def test_who_only_trains_is_no_measure_for_who_asks_and_saves_up_nothing() -> No
         return replace(state(*(request("w1", tenant=t) for t in tenants)), sweeps=training)
 
     share = FairShare(CREDIT, 60.0)
-    share.meet(there("a"))
+    meet(share, there("a"))
     share.charge({"a": 50.0, "t": 1.0})
-    share.meet(there("a", "b"))
+    meet(share, there("a", "b"))
     assert share.served("b") == 50.0 - CREDIT and share.is_least("b") and not share.is_least("a")
-    share.meet(there())
-    share.meet(there("c"))
+    meet(share, there())
+    meet(share, there("c"))
     assert share.served("c") == 50.0 - 2 * CREDIT, "nor does it matter that nobody asked meanwhile"
     assert share.served("t") == 1.0 < share.served("new") + 2 * CREDIT, "who comes to train begins beside who trains"
-    share.meet(there("c", "t"))
+    meet(share, there("c", "t"))
     assert share.served("t") == 50.0 - 3 * CREDIT
 
 
@@ -91,7 +88,7 @@ def test_charges_are_divided_by_weight_and_strangers_pay_nothing() -> None:
 def test_thousands_of_tenants_that_came_and_went_are_forgotten() -> None:
     share = FairShare(CREDIT, 60.0)
     for i in range(5000):
-        share.meet(replace(state(request("w1", tenant=f"t{i}"), request("w2", tenant="a")), now=float(i)))
+        meet(share, replace(state(request("w1", tenant=f"t{i}"), request("w2", tenant="a")), now=float(i)))
         share.charge({f"t{i}": 0.001, "a": 0.5})
     assert len(share._served) < 200 and len(share._lately) <= 64
     assert share.served("a") == pytest.approx(2500.0)
@@ -236,7 +233,7 @@ def test_an_adapter_kept_out_by_its_tenants_pages_gets_its_turn() -> None:
 def test_a_crowd_leaves_room_for_others_and_one_tenant_alone_is_not_limited() -> None:
     assert [largest_crowd(lambda n: 0.01 * n, limit) for limit in (0.001, 0.01, 0.135, 1.0)] == [1, 1, 13, 100]
     running = [request(f"w{i}", tenant="a") for i in range(6)]
-    crowd = Crowd(6, 9, {"a": 3.0, "b": 3.0})
+    crowd = Crowd(lambda n: 0.01 * n, 0.065, 0.095, lambda whole: {"a": whole / 2, "b": whole / 2})
     crowd.begin(running)
     assert not crowd.has_room("a", least_served=False)
     assert crowd.has_room("a", least_served=True) and crowd.has_room("b", least_served=False)
@@ -258,7 +255,7 @@ def test_a_flood_is_admitted_as_far_as_prompts_of_others_keep_their_room() -> No
 
     assert admitted() == 30
     share = FairShare(CREDIT, 60.0)
-    share.meet(replace(state(request("w1", tenant="a")), sweeps=(sweep(jobs=(SweepJob("j", "b", 1.0, "normal"),)),)))
+    meet(share, replace(state(request("w1", tenant="a")), sweeps=(sweep(jobs=(SweepJob("j", "b", 1.0, "normal"),)),)))
     assert share.tenants == 2 and not share.shared, "who only trains has no first tokens to protect"
     assert 8 <= admitted(stream("s0", tenant="b")) <= 12, "as many as decode in 60% of the promise"
 

@@ -74,7 +74,7 @@ def test_what_is_found_is_the_largest_that_fits() -> None:
     sweep, load = Sweep(0, 4096, 100, window=512).state(), ForwardLoad(4, 400, logit_rows=4)
     for _ in range(60):
         costs, left, before = Costs(model), draw.uniform(0.0, 0.3), draw.randint(1, 4000)
-        sizes = sorted({draw.randint(1, 600) for _ in range(9)}, reverse=True)
+        sizes = tuple(sorted({draw.randint(1, 600) for _ in range(9)}, reverse=True))
         which, todo = draw.randint(0, 1), draw.randint(1, 32)
         backward = costs.largest_backward(sizes, before, sizes[0], left, which)
         fitting = [n for n in sizes if costs.backward(n, before - n, sizes[0])[which] <= left]

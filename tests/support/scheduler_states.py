@@ -1,10 +1,14 @@
-"""Requests, sweeps and states for tests that ask the scheduler for one plan."""
+"""Requests, sweeps, states and shares for tests that ask the scheduler for one plan."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from coserve.scheduler.fairness import FairShare
+from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.state import Plan, RequestState, SchedulerState, SweepJob, SweepState
+
+CREDIT = 1.0
 
 
 def request(name: str, **changes: object) -> RequestState:
@@ -76,3 +80,16 @@ def sweep(number: int = 0, **changes: object) -> SweepState:
 
 def chunks(made: Plan) -> dict[str, int]:
     return {p.request_id: p.tokens for p in made.prefills}
+
+
+def meet(share: FairShare, there: SchedulerState) -> None:
+    share.meet(there.now, Lineup(there, share).tenants, there.sweeps)
+
+
+def share_of(served: dict[str, float], weights: dict[str, float] | None = None) -> FairShare:
+    """A share whose tenants are there and have been served so many weighted seconds."""
+    share = FairShare(CREDIT, 60.0)
+    weights = weights or {}
+    meet(share, state(*(request(f"w{i}", tenant=t, weight=weights.get(t, 1.0)) for i, t in enumerate(served))))
+    share.charge({t: seconds * weights.get(t, 1.0) for t, seconds in served.items()})
+    return share

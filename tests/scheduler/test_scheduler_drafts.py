@@ -39,7 +39,7 @@ def busy(seed: int, now: float) -> SchedulerState:
 
 def test_a_draft_leaves_no_trace():
     """The same calls with drafts between them, which come to nothing, give the same plans, queues and shares."""
-    plain, drafting = (Scheduler(SchedulerConfig(itl_seconds=ITL, drain_after=0.2)) for _ in range(2))
+    plain, drafting = (Scheduler(SchedulerConfig(itl_seconds=ITL, drain_after=0.2, credit=0.0)) for _ in range(2))
     waits = 0
     for turn in range(120):
         now = 100.0 + 0.05 * turn

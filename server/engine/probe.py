@@ -4,8 +4,8 @@ The copy has one layer of every kind the model has (at least two layers), a slid
 of 512. Its reference is the model's own code with transformers' attention, full sequences and plain autograd.
 Compared are, in float32, the logits of chunked prefill and decode over the paged cache, and loss and LoRA gradients of
 the windowed backward, two adapters in one pass. Where bfloat16 is served, the logits are compared in that, too: they
-may be hardly further from float32 than rounding takes the model's own code. A model that deviates is refused: a wrong
-answer is never served.
+may be at most twice as far from float32 as rounding takes the model's own code. A model that deviates is refused: a
+wrong answer is never served.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _VOCABULARY = 512
 _WINDOW = 8
 _BOUND = 2e-4  # relative norm, float32
 # In bfloat16 two right ways of computing differ by rounding, and how much that is depends on the model: the bound is so
-# many times what the model's own code loses. Found are 0.94 to 1.07 times in nine types; attention that keeps three
-# bits too few has 1.7 times.
-_ROUNDING = 1.5
+# many times what the model's own code loses. Found are 0.94 to 1.07 times in plain torch, up to 1.33 in the kernels;
+# attention that keeps 4 of the 8 bits has 3 times.
+_ROUNDING = 2.0
 _RANKS = (2, 3)
 _LENGTHS = ((21, 13), (5, 17))  # sequences of the two adapters; longer than the sliding window
 

@@ -12,7 +12,7 @@ from coserve.server.engine.probe import probe
 
 
 class Coarse(PlainBackend):
-    """Its attention keeps 5 bits of the 8 that bfloat16 has."""
+    """Its attention keeps 4 bits of the 8 that bfloat16 has."""
 
     def paged_rows(self, segments, block_size, dtype, device):
         rows = super().paged_rows(segments, block_size, dtype, device)
@@ -25,7 +25,7 @@ class CoarseRows:
 
     def attend(self, *args):
         mantissa, exponent = torch.frexp(self._rows.attend(*args).float())
-        return torch.ldexp((mantissa * 32).round() / 32, exponent).bfloat16()
+        return torch.ldexp((mantissa * 16).round() / 16, exponent).bfloat16()
 
 
 def test_a_backend_that_rounds_too_much_is_refused_where_it_would_serve():

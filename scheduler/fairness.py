@@ -13,6 +13,7 @@ counter may stand far behind theirs: with its first request it is lifted to the 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from copy import copy
 
 from coserve.scheduler.state import RequestState, SweepState
 
@@ -30,6 +31,12 @@ class FairShare:
         self._asked = 0.0  # the least-served of those that last had requests; of the others, where it is more
         self._lately: dict[str, tuple[float, float]] = {}  # tenant -> when it last had a request, and its weight
         self.row_seconds = 1e-3  # what a prompt row costs, as the planner expects
+
+    def copy(self) -> FairShare:
+        """One that goes its own way from here."""
+        other = copy(self)
+        other._served, other._lately = dict(self._served), dict(self._lately)  # all else is replaced, never changed
+        return other
 
     def meet(self, now: float, asking: Mapping[str, float], sweeps: Iterable[SweepState]) -> None:
         """Who has something to run now: tenants with requests and their weights, and those that train. Lifts those that

@@ -17,14 +17,19 @@ One plan, in this order:
    keeps to a share of the promise.
 
 "Predicted" is the latency model's upper estimate (`latency`); the plan tells both it and the mean.
+
+*Ahead.* While a device works on an iteration, the next one's plan can be made for the state that is expected after it
+(`draft`). That leaves no trace here: a draft counts only once `plan` is given it together with the state that came,
+and only if that state is the one expected and the clock leaves the draft the time that it takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
 
-from coserve.scheduler.admission import Admission, AdmissionPolicy
+from coserve.scheduler.admission import AdmissionPolicy
 from coserve.scheduler.chunks import ChunkPolicy, cut, first_token_slack, with_chunks
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Costs
@@ -41,8 +46,25 @@ from coserve.scheduler.features import (
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.queue import QueueClock, Queued
-from coserve.scheduler.state import Plan, Prefill, SchedulerState, SweepState
+from coserve.scheduler.state import Plan, Prefill, RequestState, SchedulerState, SweepState
 from coserve.scheduler.training import TrainingPolicy
+
+# How much later than expected a draft may begin, as a share of the inter-token promise. Deliveries vary by so much, and
+# to plan anew would take longer.
+_SLIP = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A plan for a state, and what the scheduler is to remember of it."""
+
+    plan: Plan
+    state: SchedulerState
+    slack: float  # seconds from `state.now` that it may last so that no first token is late
+    boost: float  # of the upper estimates it was held against
+    admission: AdmissionPolicy  # as the plan leaves it
+    admitted: int
+    waiting: bool  # whether somebody is left in the queue
 
 
 class Scheduler:
@@ -56,21 +78,54 @@ class Scheduler:
         self._clock = QueueClock()
         self._costs = Costs(self.model)
 
-    def plan(self, state: SchedulerState) -> Plan:
+    def plan(self, state: SchedulerState, draft: Draft | None = None) -> Plan:
         """The next iteration's work. Empty only if nothing can run now.
 
         Requests in `preempt` give their blocks back first; those in `unservable` need more blocks than there are and
         are to be ended with an error by the caller. `adapters` is for the loader: without regard for it, requests of
         evicted adapters may wait for each other.
+
+        Args:
+            draft: made ahead for this state, perhaps. If it holds, the plan is `draft.plan` itself.
         """
+        lineup = self._meet(self.share, state)
+        if draft is None or not self._holds(draft, state):
+            draft = self._make(state, self.share, lineup, self._admission)
+        self._admission = draft.admission
+        self._clock.note(state.now, draft.waiting, draft.admitted)
+        return draft.plan
+
+    def draft(self, state: SchedulerState) -> Draft:
+        """A plan for a state that is expected: to be made while the iteration before it runs. Changes nothing."""
+        share = self.share.copy()
+        lineup = self._meet(share, state)
+        return self._make(state, share, lineup, copy(self._admission))  # which replaces what it remembers
+
+    def _meet(self, share: FairShare, state: SchedulerState) -> Lineup:
+        """Tells `share` who is there."""
+        lineup = Lineup(state, share)
+        share.meet(state.now, lineup.tenants, state.sweeps)
+        if share.tenants > 1:
+            share.row_seconds = row_seconds(self.model)
+        return lineup
+
+    def _holds(self, draft: Draft, state: SchedulerState) -> bool:
+        """Whether a plan that was made ahead is still right: nothing came between, and the clock leaves it the time
+        that it takes, or all that it was given."""
+        if state != draft.state or self.model.margins.boost > draft.boost:
+            return False
+        plan, late = draft.plan, state.now - draft.state.now
+        decodes = set(plan.decodes)
+        budget = self._budget(state, (r for r in state.requests if r.request_id in decodes))
+        given = min(plan.upper_seconds, plan.budget_seconds, draft.slack)
+        return given <= min(budget, draft.slack - late) + _SLIP * self.config.itl_seconds
+
+    def _make(self, state: SchedulerState, share: FairShare, lineup: Lineup, policy: AdmissionPolicy) -> Draft:
+        """`share` has met the state; `policy` is changed."""
         costs = self._costs
         costs.begin()
-        lineup = Lineup(state, self.share)
-        self.share.meet(state.now, lineup.tenants, state.sweeps)
-        if self.share.tenants > 1:
-            self.share.row_seconds = row_seconds(self.model)
-        admission = self._admission.decide(state, self.share, lineup, self._crowd(lineup, costs))
-        budget = self._budget(state, admission)
+        admission = policy.decide(state, share, lineup, self._crowd(lineup, share, costs))
+        budget = self._budget(state, admission.decodes)
         adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
         decode_load = ForwardLoad(
             decode_rows=len(admission.decodes),
@@ -78,18 +133,17 @@ class Scheduler:
             logit_rows=len(admission.decodes),
             adapters=len(adapters),
         )
-        behind = self._admission.behind(state)
+        behind = policy.behind(state)
         tokens = self._chunks.tokens(state.now, admission.candidates, decode_load, adapters, budget, costs, behind)
         load = with_chunks(decode_load, admission.candidates, tokens, adapters)
         serving = costs.serving(load)
         slack = first_token_slack(state.now, admission.candidates, tokens, serving[1])
         chunks = cut(admission.candidates, tokens)
-        sweeps, room = self._for_training(state, {c.request.tenant for c, _ in chunks}, min(budget, slack))
+        sweeps, room = self._for_training(state, share, {c.request.tenant for c, _ in chunks}, min(budget, slack))
         training = self._training.fill(sweeps, load, room, costs)
-        prefills = tuple(Prefill(c.request.request_id, n) for c, n in chunks)
         plan = Plan(
             decodes=tuple(r.request_id for r in admission.decodes),
-            prefills=prefills,
+            prefills=tuple(Prefill(c.request.request_id, n) for c, n in chunks),
             rides=tuple(training.rides),
             units=tuple(training.units),
             preempt=admission.preempt,
@@ -97,10 +151,12 @@ class Scheduler:
             adapters=admission.adapters,
             budget_seconds=budget,
         )
+        if not plan.empty:
+            mean, upper = serving if training.empty else (training.mean, training.upper)
+            plan = replace(plan, predicted_seconds=mean, upper_seconds=upper)
         admitted = sum(not c.request.running for c, _ in chunks)
-        self._clock.note(state.now, admission.waiting > admitted, admitted)
-        mean, upper = serving if training.empty else (training.mean, training.upper)
-        return plan if plan.empty else replace(plan, predicted_seconds=mean, upper_seconds=upper)
+        boost = self.model.margins.boost
+        return Draft(plan, state, slack, boost, policy, admitted, admission.waiting > admitted)
 
     def observe(
         self,
@@ -136,31 +192,31 @@ class Scheduler:
         """Who waits, in the order in which they would be admitted now, why, and for how long still. Changes nothing."""
         return self._clock.forecast(state, Lineup(state, self.share), self._admission)
 
-    def _crowd(self, lineup: Lineup, costs: Costs) -> Crowd:
-        if not self.share.shared:
+    def _crowd(self, lineup: Lineup, share: FairShare, costs: Costs) -> Crowd:
+        if not share.shared:
             return Crowd()
         context = sum([r.total_tokens for r in lineup.running]) // max(1, len(lineup.running))
         promise = self.config.itl_seconds
-        return Crowd(costs.decoding(context), self.config.crowd_share * promise, promise, self.share.parts)
+        return Crowd(costs.decoding(context), self.config.crowd_share * promise, promise, share.parts)
 
     def _for_training(
-        self, state: SchedulerState, prompts: Collection[str], room: float
+        self, state: SchedulerState, share: FairShare, prompts: Collection[str], room: float
     ) -> tuple[tuple[SweepState, ...], float]:
         """Which sweeps may fill an iteration that runs prompts of these tenants, and up to how many seconds: nobody's
         training makes first tokens wait of a tenant that was served less, neither beside its prompts nor, where several
         ask, by iterations as long as the promise allows."""
-        sweeps = self.share.order_sweeps(state.sweeps)
-        if self.share.shared:
+        sweeps = share.order_sweeps(state.sweeps)
+        if share.shared:
             room = min(room, self.config.training_share * self.config.itl_seconds)
-        first = self.share.not_ahead(sweeps, prompts)
+        first = share.not_ahead(sweeps, prompts)
         return (first, room) if first else (sweeps, 0.0)  # no room is left but the floor's
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
         self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
         self.share.charge(device_cost(plan, state, seconds, trained, self.model))
 
-    def _budget(self, state: SchedulerState, admission: Admission) -> float:
-        due = [r.itl_deadline for r in admission.decodes if r.itl_deadline is not None]
+    def _budget(self, state: SchedulerState, decodes: Iterable[RequestState]) -> float:
+        due = [r.itl_deadline for r in decodes if r.itl_deadline is not None]
         return min(self.config.itl_seconds, min(due) - state.now) if due else self.config.itl_seconds
 
     def _trained_seconds(

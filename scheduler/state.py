@@ -32,7 +32,8 @@ class RequestState:
     adapter: str | None  # version digest
     adapter_ready: bool  # resident in the pool, or None needed
     ttft_deadline: float  # when the first token is due
-    itl_deadline: float | None  # when the next token of a running stream is due; None before the first
+    # When the next token of a running stream is due; None before the first.
+    itl_deadline: float | None = field(compare=False)
     running: bool  # False: still in the waiting queue, holds no blocks
     blocks_shared: int = 0  # of blocks_held, those that other requests hold too: a preemption would not free them
     adapter_pages: int = 0  # of its adapter in the pool; 0: none, or not known yet
@@ -93,7 +94,9 @@ class SweepState:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerState:
-    now: float
+    """All there is to plan. Two are equal if the same work stands at the same place, whatever the clock says."""
+
+    now: float = field(compare=False)
     requests: tuple[RequestState, ...]  # running and waiting, in order of arrival
     sweeps: tuple[SweepState, ...]  # in order of creation
     free_blocks: int  # cached blocks that nobody holds count as free

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KINDS = ("decode", "prefill", "train_forward", "head", "train_backward")
+_AHEAD = {used: f'coserve_plans_ahead_total{{used="{used}"}}' for used in ("yes", "no")}
 _KEPT = 2000
 
 
@@ -36,7 +37,8 @@ class IterationLog:
         self.counters: dict[str, float] = {f'coserve_step_tokens_total{{kind="{kind}"}}': 0.0 for kind in KINDS}
         self.counters |= dict.fromkeys(
             ("coserve_iterations_total", "coserve_iterations_with_streams_total", "coserve_iterations_in_slo_total",
-             "coserve_preemptions_total", "coserve_recomputed_tokens_total", "coserve_busy_seconds_total"), 0.0,
+             "coserve_preemptions_total", "coserve_recomputed_tokens_total", "coserve_busy_seconds_total",
+             *_AHEAD.values()), 0.0,
         )  # fmt: skip
         self._itl: list[tuple[str, float]] = []
         self._ttft: list[tuple[str, float]] = []
@@ -60,6 +62,10 @@ class IterationLog:
         if streams:
             self.counters["coserve_iterations_with_streams_total"] += 1
             self.counters["coserve_iterations_in_slo_total"] += measured <= budget
+
+    def count_ahead(self, used: bool) -> None:
+        """A plan was made while the iteration before it ran."""
+        self.counters[_AHEAD["yes" if used else "no"]] += 1
 
     def latest(self, limit: int) -> tuple[dict[str, Any], ...]:
         """The newest `limit` records, oldest first."""

@@ -62,7 +62,7 @@ def load_model(options: EngineOptions) -> LoadedModel:
         raise ModelRefused(f"{folder}: {problem}")
     try:
         # Plain torch says the same on every device; kernels are tried where they will run.
-        probe(config, backend, device if backend.name == "triton" else "cpu")
+        probe(config, backend, device if backend.name == "triton" else "cpu", dtype)
     except UnsupportedModel as error:
         raise ModelRefused(f"{folder}: this model ({config.model_type}) is not supported: {error}") from error
     digest = _digest(folder, weights)

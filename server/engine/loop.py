@@ -11,14 +11,15 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from coserve.scheduler.policy import Scheduler
-from coserve.scheduler.state import Plan, RequestState, SchedulerState
+from coserve.scheduler.policy import Draft, Scheduler
+from coserve.scheduler.state import Plan, SchedulerState
 from coserve.server.engine.adapters import AdapterBook
 from coserve.server.engine.containment import attempt
 from coserve.server.engine.intake import Intake
 from coserve.server.engine.iterations import IterationLog
+from coserve.server.engine.outlook import Outlook
 from coserve.server.engine.requests import Request, RequestBook
-from coserve.server.engine.runner import Outcome, Runner
+from coserve.server.engine.runner import Flight, Outcome, Runner
 from coserve.server.engine.shares import Shares
 from coserve.server.engine.stats import StatsClock
 from coserve.server.engine.trainer import Trainer
@@ -39,12 +40,14 @@ class Engine:
         scheduler: Scheduler, runner: Runner, iterations: IterationLog, stats: StatsClock, *,
         shares: Shares, max_running: int, max_adapters: Callable[[], int], beat: Callable[[], None],
     ) -> None:  # fmt: skip
-        self._shares = shares
         self._socket, self._intake = socket, intake
         self._requests, self._adapters, self._trainer = requests, adapters, trainer
         self._scheduler, self._runner = scheduler, runner
-        self._iterations, self._stats = iterations, stats
-        self._max_running, self._max_adapters, self._beat = max_running, max_adapters, beat
+        self._iterations, self._stats, self._beat = iterations, stats, beat
+        self._outlook = Outlook(requests, adapters, trainer, shares, max_running, max_adapters)
+        # What plans in the scheduler's place in a benchmark may know nothing of drafts.
+        self._draft: Callable[[SchedulerState], Draft] | None = getattr(scheduler, "draft", None)
+        self._ahead: Draft | None = None  # the next plan, if it was made while the last iteration ran
 
     def run(self) -> None:
         """Until drained."""
@@ -57,14 +60,16 @@ class Engine:
         """One iteration; False if there was nothing to run."""
         self._beat()
         self._intake.take()
-        state = self._state()
-        plan = self._scheduler.plan(state)
+        state = self._outlook.now()
+        plan = self._plan(state)
         self._prepare(plan)
         if plan.empty:
             self._stats.send_if_due(state)
             return bool(plan.preempt or plan.unservable)
         started, clock = time.time(), time.perf_counter()
-        outcome = self._runner.run(plan, self._trainer.sweeps)
+        flight = self._runner.launch(plan, self._trainer.sweeps)
+        self._look_ahead(plan, state, flight)
+        outcome = self._runner.finish(flight)
         seconds = time.perf_counter() - clock
         if outcome.disturbed or outcome.captured:
             self._scheduler.account(plan, state, seconds)
@@ -78,26 +83,19 @@ class Engine:
         self._stats.send_if_due(state)
         return True
 
-    def _state(self) -> SchedulerState:
-        """What the scheduler is told."""
-        book = self._requests
-        return SchedulerState(
-            now=time.monotonic(),
-            requests=tuple(map(self._request, book)),
-            sweeps=self._trainer.states(),
-            free_blocks=book.blocks.free_blocks,
-            block_size=book.blocks.block_size,
-            max_running=self._max_running,
-            max_adapters=self._max_adapters(),
-            limits=self._shares.limits,
-        )
+    def _plan(self, state: SchedulerState) -> Plan:
+        """The one that was made ahead, if things came as expected."""
+        draft, self._ahead = self._ahead, None
+        if draft is None:
+            return self._scheduler.plan(state)
+        plan = self._scheduler.plan(state, draft)
+        self._iterations.count_ahead(plan is draft.plan)
+        return plan
 
-    def _request(self, request: Request) -> RequestState:
-        message = request.message
-        return self._requests.state(
-            request, self._shares.weight(message.tenant), self._adapters.ready(message.adapter),
-            self._adapters.pages(message.adapter), self._adapters.kept_out(message.adapter),
-        )  # fmt: skip
+    def _look_ahead(self, plan: Plan, state: SchedulerState, flight: Flight) -> None:
+        """Make the next plan while the device works on this one; not where it is host and device in one."""
+        if self._runner.ahead and self._draft is not None:
+            self._ahead = self._draft(self._outlook.after(plan, state, flight.rows))
 
     def _prepare(self, plan: Plan) -> None:
         """Carry out what the plan says of the books: preemptions, refusals, residency, admissions."""

@@ -38,6 +38,7 @@ class EngineOptions:
     train_window: int | None = None
     activations: str = "auto"
     kernels: str = "auto"  # see `backend.choose_backend`
+    plan_ahead: bool | None = None  # while an iteration runs; None: where the device works on by itself
     log_level: str = "info"
 
     @staticmethod

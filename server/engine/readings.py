@@ -1,7 +1,8 @@
 """What the rows of requests said after a packed forward: log-probabilities and new tokens, before anything is booked.
 
 On CUDA reading means to wait for the device, so it is done in two steps: `begin` puts the work into the device's queue
-and starts one copy into pinned memory; `take`, after everything else of the iteration is queued too, reads it.
+and starts one copy into pinned memory; `take`, after everything else of the iteration is queued too, waits for it and
+reads.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class PendingReadings:
 
     def __init__(self, model: BaseModel, scheduled: Sequence[tuple[Request, int]], hidden: Tensor) -> None:
         """hidden: [rows, H], the output of the last layer, in the order of `scheduled` (request, rows)."""
-        self._model, self._scheduled, self._hidden = model, list(scheduled), hidden
+        self._model, self.scheduled, self._hidden = model, list(scheduled), hidden
         ends, row = [], 0
         self._ending: list[Request] = []
         for request, rows in scheduled:
@@ -49,10 +50,7 @@ class PendingReadings:
         self._known: Tensor | None = None  # logits of all rows
         self._sums: Tensor | None = None
         self._tokens: Tensor | None = None
-
-    @property
-    def request_ids(self) -> list[str]:
-        return [request.id for request, _ in self._scheduled]
+        self._copied: torch.cuda.Event | None = None
 
     def begin(self, logits: Tensor | None = None) -> None:
         """Queue what can be chosen on the device, and its copy to the host. Where device and host are one, nothing is.
@@ -69,17 +67,19 @@ class PendingReadings:
                 choose(self._logits(chunk), self._rows(chunk))
                 for chunk in self._chunks()
             ]))  # fmt: skip
+        self._copied = torch.cuda.Event()
+        self._copied.record(torch.cuda.current_stream(self._hidden.device))
 
     def take(self) -> list[Reading]:
-        """Waits for the device where `begin` queued something."""
-        if self._hidden.device.type == "cuda":
-            torch.cuda.current_stream(self._hidden.device).synchronize()
+        """Waits until the device has come to what `begin` queued, and for nothing that was queued behind it."""
+        if self._copied is not None:
+            self._copied.synchronize()
         finite = self._finite()
         if not all(finite):
-            self._drop({request.id for (request, _), sound in zip(self._scheduled, finite, strict=True) if not sound})
+            self._drop({request.id for (request, _), sound in zip(self.scheduled, finite, strict=True) if not sound})
         sampled = self._sampled()
         readings, row = [], 0
-        for (request, rows), sound in zip(self._scheduled, finite, strict=True):
+        for (request, rows), sound in zip(self.scheduled, finite, strict=True):
             of_request = self._hidden[row : row + rows]
             row += rows
             wants = sound and request.wants_prompt_logprobs
@@ -91,12 +91,12 @@ class PendingReadings:
         """Whether each request's values are. A sum that is finite says so of what was summed."""
         if self._sums is None:
             if bool(torch.isfinite(self._hidden.sum())):
-                return [True] * len(self._scheduled)
+                return [True] * len(self.scheduled)
             sums = self._hidden.sum(-1)
         else:
             sums = self._sums
         found, row = [], 0
-        for _, rows in self._scheduled:
+        for _, rows in self.scheduled:
             of_request = slice(row, row + rows)
             row += rows
             sound = bool(torch.isfinite(sums[of_request]).all())

@@ -150,9 +150,7 @@ class RequestBook:
               adapter_kept_out: bool = False) -> RequestState:  # fmt: skip
         """What the scheduler is told of a sequence."""
         message, last = request.message, request.last_token_at
-        itl, ttft = self._promises["batch" if message.slo_class == "batch" else "interactive"]
-        itl = itl if message.itl_seconds is None else message.itl_seconds
-        ttft = ttft if message.ttft_seconds is None else message.ttft_seconds
+        itl, ttft = self.promises(request)
         return RequestState(
             request_id=request.id,
             tenant=message.tenant,
@@ -172,6 +170,19 @@ class RequestBook:
             adapter_pages=adapter_pages,
             adapter_kept_out=adapter_kept_out,
         )
+
+    def promises(self, request: Request) -> tuple[float, float]:
+        """(inter-token, first-token) seconds: its own, or else its class's."""
+        message = request.message
+        itl, ttft = self._promises["batch" if message.slo_class == "batch" else "interactive"]
+        return (
+            itl if message.itl_seconds is None else message.itl_seconds,
+            ttft if message.ttft_seconds is None else message.ttft_seconds,
+        )
+
+    def own_blocks(self, request: Request) -> int:
+        """Blocks that its end will free."""
+        return len(request.blocks.blocks) - self.blocks.shared_blocks(request.blocks) if request.blocks else 0
 
     def _shared(self, request: Request) -> int:
         """Blocks that a preemption of `request` would not free. Only asked where blocks are short."""

@@ -53,21 +53,40 @@ class Outcome:
     captured: bool = False  # a graph was made on the way: neither do they
 
 
+@dataclass(slots=True)
+class Flight:
+    """An iteration whose work is all queued."""
+
+    plan: Plan
+    rows: dict[str, int]  # of requests, by id, that are still to be read
+    outcome: Outcome
+    watch: Stopwatch
+
+
 class Runner:
-    """Runs plans on one model and cache."""
+    """Runs plans on one model and cache, one at a time.
+
+    `ahead`: `launch` leaves what generation said on the device, and the host is free until `finish`. Without it, all
+    that there is to do is done when `launch` returns.
+    """
 
     def __init__(
         self, model: BaseModel, cache: KVCache, requests: RequestBook, adapters: AdapterBook,
-        cores: CoreSharing | None = None, graphs: DecodeGraphs | None = None,
+        cores: CoreSharing | None = None, graphs: DecodeGraphs | None = None, ahead: bool | None = None,
     ) -> None:  # fmt: skip
+        """`ahead`: None is as the device does, which on CUDA works on by itself."""
         self.model, self._cache, self._cores = model, cache, cores
         self._requests, self._adapters, self._graphs = requests, adapters, graphs
-        # Where the host runs ahead of the device, tokens are read when everything else of the iteration is queued.
-        self._defers = model.device.type == "cuda"
+        self.ahead = model.device.type == "cuda" if ahead is None else ahead
         self._pending: list[PendingReadings] = []
 
     def run(self, plan: Plan, sweeps: Mapping[int, Sweep]) -> Outcome:
-        """Requests of the plan must be admitted (hold `SequenceBlocks`); what ran is committed to them.
+        """`launch` and `finish`."""
+        return self.finish(self.launch(plan, sweeps))
+
+    def launch(self, plan: Plan, sweeps: Mapping[int, Sweep]) -> Flight:
+        """Queue the work of an iteration. Requests of the plan must be admitted (hold `SequenceBlocks`), and books must
+        stay as they are until it is finished.
 
         Raises only what leaves nothing to go on with: the device is lost, or the books contradict each other.
         """
@@ -83,9 +102,15 @@ class Runner:
             if unit.sweep_id not in outcome.lost:
                 self._unit_or_loss(unit, sweeps[unit.sweep_id], outcome)
             watch.mark(index)
-        self._take_pending(outcome)
         outcome.captured = self._graphs is not None and self._graphs.shapes > shapes
-        outcome.parts = watch.parts()
+        rows = {request.id: count for pending in self._pending for request, count in pending.scheduled}
+        return Flight(plan, rows, outcome, watch)
+
+    def finish(self, flight: Flight) -> Outcome:
+        """Wait for what was launched and commit what ran to its requests. Raises as `launch` does."""
+        plan, outcome = flight.plan, flight.outcome
+        self._take_pending(outcome)
+        outcome.parts = flight.watch.parts()
         if not (plan.decodes or plan.prefills or plan.rides):
             outcome.parts.pop("forward", None)
         return outcome
@@ -138,14 +163,14 @@ class Runner:
         pending = PendingReadings(self.model, scheduled, hidden[:generated]) if scheduled else None
         if pending is not None:
             pending.begin(logits)
-        readings = [] if pending is None or self._defers else pending.take()
+        readings = [] if pending is None or self.ahead else pending.take()
         row = generated
         for ride, part in zip(load.rides, parts, strict=True):
             self._finish_ride(ride.sweep_id, part, hidden[row : row + part.rows], outcome)
             row += part.rows
         for reading in readings:
             self._commit(reading, outcome)
-        if pending is not None and self._defers:
+        if pending is not None and self.ahead:
             self._pending.append(pending)
 
     def _through_the_layers(
@@ -206,7 +231,7 @@ class Runner:
             readings: list[Reading] = []
             fault = attempt("reading tokens", lambda p=pending, r=readings: r.extend(p.take()))  # type: ignore[misc]
             if fault is not None:
-                outcome.failed.update(dict.fromkeys(pending.request_ids, fault))
+                outcome.failed.update(dict.fromkeys((request.id for request, _ in pending.scheduled), fault))
                 outcome.disturbed = True
             for reading in readings:
                 self._commit(reading, outcome)

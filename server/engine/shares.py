@@ -24,10 +24,10 @@ class Shares:
             return
         self._shares[tenant] = share
         limit = TenantLimit(_part(share.kv, self._blocks), _part(share.adapters, self._pages))
+        # A new table: whoever was given the old one keeps what it was told.
+        self._limits = {**self._limits, tenant: limit}
         if limit == TenantLimit():
-            self._limits.pop(tenant, None)
-        else:
-            self._limits[tenant] = limit
+            del self._limits[tenant]
 
     def weight(self, tenant: str) -> float:
         return self._shares.get(tenant, _WHOLE).weight

@@ -124,7 +124,7 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
 
     intake = Intake(socket, ready, requests, adapters, trainer, checks, iterations, loaded.max_model_len, shares)
     stats = StatsClock(socket, requests, trainer, pool, iterations, lambda: fixed, scheduler.queue)
-    runner = Runner(model, cache, requests, adapters, cores, graphs)
+    runner = Runner(model, cache, requests, adapters, cores, graphs, options.plan_ahead)
     engine = Engine(
         socket, intake, requests, adapters, trainer, scheduler, runner, iterations, stats,
         shares=shares, max_running=options.running(), beat=heartbeat.beat,

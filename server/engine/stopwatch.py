@@ -23,9 +23,10 @@ class Stopwatch:
         self._marks.append((part, self._now()))
 
     def parts(self) -> dict[int | str, float]:
-        """Seconds of each part; waits for the device."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        """Seconds of each part; waits until the device has come to the last mark."""
+        last = self._marks[-1][1]
+        if isinstance(last, torch.cuda.Event):
+            last.synchronize()
         return {part: _between(a, b) for (_, a), (part, b) in itertools.pairwise(self._marks)}
 
     def _now(self) -> float | torch.cuda.Event:

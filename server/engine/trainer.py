@@ -132,7 +132,8 @@ class Trainer:
             then(result)
 
     def states(self) -> tuple[SweepState, ...]:
-        return tuple(self._state(sweep_id, sweep) for sweep_id, sweep in self._live.by_id.items())
+        """Of the sweeps that have work left."""
+        return tuple(self._state(sweep_id, sweep) for sweep_id, sweep in self._live.by_id.items() if not sweep.done)
 
     def _advance(self, running: RunningJob) -> None:
         job = running.job

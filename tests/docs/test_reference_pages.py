@@ -162,7 +162,7 @@ def test_every_page_is_reached_from_the_index():
 
 @pytest.mark.parametrize("model_type", [code(row[0]) for row in table("models.md", "Served")])
 def test_served_models_pass_the_probe(model_type):
-    probe(tiny_config(model_type))
+    probe(tiny_config(model_type), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("row", table("models.md", "Refused"), ids=lambda row: row[0])

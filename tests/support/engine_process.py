@@ -31,6 +31,7 @@ from coserve.server.wire.messages import (
 )  # fmt: skip
 
 READY_SECONDS = 60
+AHEAD = {"plan_ahead": True} if os.environ.get("COSERVE_TEST_PLAN_AHEAD") == "1" else {}  # as on a GPU
 
 
 class EngineProcess:
@@ -47,7 +48,7 @@ class EngineProcess:
         self._socket_path = str(folder / "e.sock")
         self._settings = folder / "settings.json"
         values = {"model": str(model), "data_dir": str(data_dir), "socket_path": self._socket_path, "threads": 1}
-        self._settings.write_text(json.dumps({**values, "dtype": "float32", **settings}))
+        self._settings.write_text(json.dumps({**values, "dtype": "float32", **AHEAD, **settings}))
         self._log = (folder / "log").open("wb+")
         self._process: subprocess.Popen | None = None
         self._socket: socket.socket | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from coserve.server.training.peft.folder import read_folder, version_digest
 from coserve.server.wire.messages import AdapterRef, Generate
 from coserve.server.wire.sync import EngineSocket
 
+AHEAD = os.environ.get("COSERVE_TEST_PLAN_AHEAD") == "1" or None  # as on a GPU: any test may be run in this way
 DIGEST = "b" * 64
 
 
@@ -52,7 +54,8 @@ class SteppedEngine:
 
     def __init__(
         self, data_dir: Path, *, blocks: int = 64, pool_bytes: int = 2**20, architecture: str = "llama",
-        backend: Any = None, device: Any = "cpu", graphs_of: Any = None, itl: float = 1.0, **options: Any,
+        backend: Any = None, device: Any = "cpu", graphs_of: Any = None, itl: float = 1.0, ahead: bool | None = AHEAD,
+        **options: Any,
     ) -> None:  # fmt: skip
         self.data_dir = data_dir
         self.model = model = engine_model(architecture, torch.float32, backend=backend, device=device)
@@ -68,6 +71,7 @@ class SteppedEngine:
             model, self.pool, EngineOptions(**values), DIGEST, "base", shares, served=scheduler.share.served
         )
         iterations = IterationLog(0)
+        self.counters = iterations.counters
         checks = FolderCheck(data_dir, model.sites, DIGEST, lambda weights: too_large(weights, self.pool))
         self.intake = Intake(
             self.socket, lambda: None, self.requests, self.adapters, self.trainer, checks, iterations, 512, shares
@@ -77,7 +81,7 @@ class SteppedEngine:
         stats = StatsClock(self.socket, self.requests, self.trainer, self.pool, iterations, dict, scheduler.queue)
         self.engine = Engine(
             self.socket, self.intake, self.requests, self.adapters, self.trainer, scheduler,
-            Runner(model, cache, self.requests, self.adapters, graphs=graphs),
+            Runner(model, cache, self.requests, self.adapters, graphs=graphs, ahead=ahead),
             iterations, stats, shares=shares, max_running=64, beat=lambda: None,
             max_adapters=lambda: self.adapters.capacity(r.version for r in self.requests),
         )  # fmt: skip
@@ -87,8 +91,9 @@ class SteppedEngine:
         config, weights = read_folder(self.data_dir / name, self.model.sites, DIGEST)
         return AdapterRef(version_digest(DIGEST, config, weights), name)
 
-    def submit(self, request_id: str, ids: list[int], adapter: AdapterRef | None = None, max_tokens: int = 16) -> None:
-        params = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0)
+    def submit(self, request_id: str, ids: list[int], adapter: AdapterRef | None = None, max_tokens: int = 16,
+               **sampling: Any) -> None:  # fmt: skip
+        params = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, **sampling)
         self.requests.add(Generate(request_id, "t", tuple(ids), params, adapter, "s", time.monotonic()))
 
     def until(self, condition: Any, seconds: float = 30) -> None:

@@ -25,7 +25,7 @@ and only if that state is the one expected and the clock leaves the draft the ti
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -43,9 +43,11 @@ from coserve.scheduler.features import (
     plan_features,
     plan_load,
 )
+from coserve.scheduler.forecast import JobForecast, JobWork, forecast
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.queue import QueueClock, Queued
+from coserve.scheduler.rates import TrainingRate
 from coserve.scheduler.state import Plan, Prefill, RequestState, SchedulerState, SweepState
 from coserve.scheduler.training import TrainingPolicy
 
@@ -76,6 +78,7 @@ class Scheduler:
         self._chunks = ChunkPolicy(config)
         self._training = TrainingPolicy(config)
         self._clock = QueueClock()
+        self._rate = TrainingRate(config.itl_seconds, config.floor_share, config.head_rows)
         self._costs = Costs(self.model)
 
     def plan(self, state: SchedulerState, draft: Draft | None = None) -> Plan:
@@ -88,6 +91,7 @@ class Scheduler:
         Args:
             draft: made ahead for this state, perhaps. If it holds, the plan is `draft.plan` itself.
         """
+        self._rate.meet(state, self.model)
         lineup = self._meet(self.share, state)
         if draft is None or not self._holds(draft, state):
             draft = self._make(state, self.share, lineup, self._admission)
@@ -192,6 +196,14 @@ class Scheduler:
         """Who waits, in the order in which they would be admitted now, why, and for how long still. Changes nothing."""
         return self._clock.forecast(state, Lineup(state, self.share), self._admission)
 
+    def forecast(self, jobs: Sequence[JobWork], sweeps: Sequence[SweepState]) -> tuple[JobForecast, ...]:
+        """How fast the jobs train and when they end, as far as is known now. `jobs`: all that are there, or an empty
+        sequence when there is none, which ends what was measured of them."""
+        if not jobs and not sweeps:
+            self._rate.rest()
+        speed = self._rate.speed(self.model)
+        return forecast(jobs, sweeps, self.model, self.config.head_rows, speed, self.config.floor_share)
+
     def _crowd(self, lineup: Lineup, share: FairShare, costs: Costs) -> Crowd:
         if not share.shared:
             return Crowd()
@@ -212,6 +224,7 @@ class Scheduler:
         return (first, room) if first else (sweeps, 0.0)  # no room is left but the floor's
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
+        self._rate.count(plan, state)
         self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
         self.share.charge(device_cost(plan, state, seconds, trained, self.model))
 

@@ -104,6 +104,7 @@ class Settings(BaseModel):
     max_waiting_tenant: int = Field(default=256, ge=1)
     max_jobs_running: int = Field(default=8, ge=1)
     max_jobs_queued_tenant: int = Field(default=64, ge=1)
+    job_slice_seconds: Seconds = Field(default=60.0, description="how long a job keeps its slot, whoever waits")
 
     max_body: Bytes = 8 * 1024**2
     max_header: Bytes = 32 * 1024

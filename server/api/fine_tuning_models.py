@@ -18,7 +18,7 @@ from coserve.server.store.jobs import Job
 
 MAX_RANK = 1024
 _PROGRESS = ("step", "total_steps", "tokens_per_second", "loss", "queue_position", "eta_seconds", "reason",
-             "expected_wait_seconds")  # fmt: skip
+             "expected_wait_seconds", "expected_tokens_per_second")  # fmt: skip
 _METRICS = (
     "step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy", "full_valid_loss",
     "full_valid_mean_token_accuracy",

@@ -84,7 +84,7 @@ def progress_of(job: dict[str, Any]) -> Progress:
         status += f" ({', '.join(notes)})"
     return Progress(
         int(values.get("step") or 0), int(values.get("total_steps") or 0), values.get("loss"),
-        values.get("tokens_per_second"), values.get("eta_seconds"), status,
+        values.get("tokens_per_second") or values.get("expected_tokens_per_second"), values.get("eta_seconds"), status,
     )  # fmt: skip
 
 

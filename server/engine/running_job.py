@@ -29,6 +29,7 @@ class RunningJob:
     sweeps: int = 0  # live sweeps with rows of this job
     stop: str | None = None  # "pause" | "cancel", asked for
     again: bool = False  # started anew while it was stopping
+    waits: str | None = None  # for what, while its training copy has no place in the pool
     lean: bool = False  # memory ran out: from here on in sweeps of its own, with the least activations
     faults: int = 0  # of the step under way
 

@@ -123,7 +123,7 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
         )  # fmt: skip
 
     intake = Intake(socket, ready, requests, adapters, trainer, checks, iterations, loaded.max_model_len, shares)
-    stats = StatsClock(socket, requests, trainer, pool, iterations, lambda: fixed, scheduler.queue)
+    stats = StatsClock(socket, requests, trainer, pool, iterations, lambda: fixed, scheduler)
     runner = Runner(model, cache, requests, adapters, cores, graphs, options.plan_ahead)
     engine = Engine(
         socket, intake, requests, adapters, trainer, scheduler, runner, iterations, stats,

@@ -8,10 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from coserve.scheduler.queue import Queued
+from coserve.scheduler.policy import Scheduler
 from coserve.scheduler.state import SchedulerState
 from coserve.server.engine.adapter_pool import AdapterPool
 from coserve.server.engine.iterations import IterationLog
+from coserve.server.engine.job_forecasts import reports
 from coserve.server.engine.requests import RequestBook
 from coserve.server.engine.trainer import Trainer
 from coserve.server.wire.messages import QueuedRequest, Stats
@@ -26,10 +27,9 @@ class StatsClock:
 
     def __init__(
         self, socket: EngineSocket, requests: RequestBook, trainer: Trainer, pool: AdapterPool,
-        iterations: IterationLog, fixed: Callable[[], dict[str, float]],
-        queue: Callable[[SchedulerState], tuple[Queued, ...]],
+        iterations: IterationLog, fixed: Callable[[], dict[str, float]], scheduler: Scheduler,
     ) -> None:  # fmt: skip
-        self._queue = queue
+        self._scheduler = scheduler
         self._socket, self._requests, self._trainer = socket, requests, trainer
         self._pool, self._iterations, self._fixed = pool, iterations, fixed
         self._sent = -_EVERY_SECONDS
@@ -46,10 +46,12 @@ class StatsClock:
         self._sent, self._told = now, holdings
         itl, ttft = self._iterations.take_samples()
         queued = tuple(
-            QueuedRequest(q.request_id, q.position, q.reason, q.wait_seconds) for q in self._queue(state)
+            QueuedRequest(q.request_id, q.position, q.reason, q.wait_seconds) for q in self._scheduler.queue(state)
             if q.request_id in self._requests
         )  # fmt: skip
-        self._socket.send(Stats(now, dict(self._iterations.counters), self._gauges(), itl, ttft, queued))
+        forecasts = self._scheduler.forecast(self._trainer.works(), self._trainer.states())
+        jobs = reports(forecasts, self._trainer.waits)
+        self._socket.send(Stats(now, dict(self._iterations.counters), self._gauges(), itl, ttft, queued, jobs))
 
     def _gauges(self) -> dict[str, float]:
         blocks, running = self._requests.blocks, self._requests.running

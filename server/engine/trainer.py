@@ -15,10 +15,13 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+from coserve.scheduler.forecast import JobWork
 from coserve.scheduler.state import SweepJob, SweepState
-from coserve.server.engine.adapter_pool import AdapterPool, PoolFull
+from coserve.server.engine.adapter_pool import AdapterPool
 from coserve.server.engine.containment import attempt
+from coserve.server.engine.copies import TrainingCopies
 from coserve.server.engine.cores import work_alone
+from coserve.server.engine.job_forecasts import works
 from coserve.server.engine.live_sweeps import LiveSweeps
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.options import EngineOptions
@@ -53,6 +56,7 @@ class Trainer:
         self._events: SimpleQueue[JobEvent] = SimpleQueue()
         self._side = ThreadPoolExecutor(1, thread_name_prefix="coserve-training", initializer=work_alone)
         self._live = LiveSweeps(model, options)
+        self._copies = TrainingCopies(pool, shares)
         self._rest, self._rest_until = _FIRST_REST, 0.0
 
     # ------------------------------------------------------------------ commands
@@ -113,6 +117,7 @@ class Trainer:
                 del self._live.by_id[sweep_id]
                 self._rest = _FIRST_REST
                 self._sweep_done(sweep)
+        self._copies.turn()
         for running in list(self._jobs.values()):
             self._guarded(running, partial(self._advance, running))
         if time.monotonic() >= self._rest_until:
@@ -134,6 +139,15 @@ class Trainer:
     def states(self) -> tuple[SweepState, ...]:
         """Of the sweeps that have work left."""
         return tuple(self._state(sweep_id, sweep) for sweep_id, sweep in self._live.by_id.items() if not sweep.done)
+
+    @property
+    def waits(self) -> dict[str, str]:
+        """Jobs that have no place in the adapter pool yet, and why."""
+        return {job.job_id: job.waits for job in self._jobs.values() if job.waits is not None}
+
+    def works(self) -> tuple[JobWork, ...]:
+        """What the jobs that train still have to run beyond the sweeps under way."""
+        return works(self._jobs.values(), self._shares.weight, self._options.window(), self._model.layer_count)
 
     def _advance(self, running: RunningJob) -> None:
         job = running.job
@@ -188,7 +202,7 @@ class Trainer:
                     lambda job=job, batch=batch, grads=grads, step=step: job.finish_train(  # type: ignore[misc]
                         batch, grads, step.loss_sum, step.correct
                     ),
-                    lambda _, running=running: self._refresh(running),  # type: ignore[misc]
+                    lambda _, running=running: self._copies.refresh(running),  # type: ignore[misc]
                 )
             else:
                 self._aside(
@@ -196,12 +210,6 @@ class Trainer:
                     lambda job=job, batch=batch, step=step: job.finish_eval(batch, step.loss_sum, step.correct),  # type: ignore[misc]
                     None,
                 )
-
-    def _refresh(self, running: RunningJob) -> None:
-        """The training copy is rounded again from the master weights after each step."""
-        if running.job is not None and running.key in self._pool:
-            for name, pair in running.job.params.items():
-                self._pool.overwrite(running.key, name, pair.a, pair.b)
 
     # ------------------------------------------------------------------ faults
 
@@ -270,19 +278,9 @@ class Trainer:
 
     def _place(self, running: RunningJob, job: TrainingJob) -> None:
         """Put a job's training copy into the pool, as soon as there is room."""
-        wanted, room = self._pool.pages_wanted(job.params), self._pool.num_pages - self._pool.pages_kept
-        if wanted > room:
-            size, have = wanted * self._pool.page_bytes, room * self._pool.page_bytes
-            message = (
-                f"The adapter needs {size} bytes of adapter memory and the server has {have} beside pinned adapters; "
-                "use a smaller rank or fewer target modules, or start the server with a larger --adapter-memory."
-            )
-            self._aside(running, partial(job.fail, "adapter_too_large", message), None)
-            return
-        try:
-            self._pool.load(running.key, job.params, pinned=True, fold_scaling=False)
-        except PoolFull:
-            log.debug("job %s waits for adapters in use to leave the pool", running.job_id)
+        never = self._copies.place(running, job)
+        if never is not None:
+            self._aside(running, partial(job.fail, "adapter_too_large", never), None)
 
     def _leave_sweeps(self, running: RunningJob) -> None:
         running.drop_step()
@@ -301,9 +299,7 @@ class Trainer:
 
     def _forget(self, running: RunningJob) -> None:
         self._jobs.pop(running.job_id, None)
-        if running.key in self._pool:
-            self._pool.unpin(running.key)
-            self._pool.unload(running.key)
+        self._copies.remove(running)
         if running.again:
             self.start(running.job_id)
         if running.job is not None:

@@ -17,6 +17,7 @@ from coserve.server.gateway.generation import GenerationService
 from coserve.server.gateway.job_controller import JobController
 from coserve.server.gateway.job_preparation import Preparer
 from coserve.server.gateway.job_service import JobService
+from coserve.server.gateway.job_slots import JobSlots
 from coserve.server.gateway.pins import Pins
 from coserve.server.gateway.services import Services
 from coserve.server.gateway.text import TextModel
@@ -57,9 +58,8 @@ async def assemble(settings: Settings, socket_path: str, leave: AsyncExitStack) 
     )
     preparer = Preparer(store, data, files, text.tokenizer)
     leave.callback(preparer.close)
-    controller = JobController(
-        store, data, engine, files, preparer, most_running=settings.max_jobs_running, terms=settings.terms
-    )
+    slots = JobSlots(settings.max_jobs_running, settings.job_slice_seconds)
+    controller = JobController(store, data, engine, files, preparer, slots=slots, terms=settings.terms)
     jobs = JobService(
         store,
         data,

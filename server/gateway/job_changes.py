@@ -43,6 +43,12 @@ def queued_again(job: Job, why: str) -> JobChange:
     return JobChange(status=QUEUED, clear_requested=True, progress=progress, events=[NewEvent(why)])
 
 
+def gave_way(job: Job) -> JobChange:
+    """It has a checkpoint, and its slot is another tenant's."""
+    text = "The job gives its slot to another tenant's and goes on from here when one is free"
+    return JobChange(status=QUEUED, progress={**job.progress, "reason": None}, events=[NewEvent(text)])
+
+
 def crashed(job: Job) -> JobChange:
     """The engine died while it had the job: it goes on from its checkpoint, or fails if that happens time and again."""
     crashes = job.crashes + 1

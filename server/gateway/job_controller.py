@@ -10,7 +10,6 @@ import asyncio
 import logging
 import shutil
 import time
-from collections import Counter
 from typing import Any
 
 from coserve.server.gateway import job_changes
@@ -19,10 +18,11 @@ from coserve.server.gateway.file_service import FileService
 from coserve.server.gateway.job_events import STORAGE_FULL, Translation
 from coserve.server.gateway.job_history import JobHistory
 from coserve.server.gateway.job_preparation import Preparer
-from coserve.server.gateway.job_queue import Waiting, in_turns, to_start
 from coserve.server.gateway.job_room import MARGIN_BYTES, RoomWait
 from coserve.server.gateway.job_signals import JobSignals
+from coserve.server.gateway.job_slots import JobSlots
 from coserve.server.gateway.job_validation import JobValidation
+from coserve.server.gateway.tenant_weights import TenantWeights
 from coserve.server.store.datadir import DataDirectory
 from coserve.server.store.errors import InvalidTransition
 from coserve.server.store.jobs import Job, JobChange
@@ -42,7 +42,7 @@ class JobController:
 
     def __init__(
         self, store: Store, data: DataDirectory, engine: EngineClient, files: FileService, preparer: Preparer, *,
-        most_running: int, terms: Terms, tick_seconds: float = TICK_SECONDS,
+        slots: JobSlots, terms: Terms, tick_seconds: float = TICK_SECONDS,
     ) -> None:  # fmt: skip
         self.signals = JobSignals()
         self._store = store
@@ -52,7 +52,8 @@ class JobController:
         self._history = JobHistory(store, data, files)
         self._lock = asyncio.Lock()
         self._validation = JobValidation(store, engine, preparer, self._lock, self._changed)
-        self._most_running = most_running
+        self._slots = slots
+        self.weights = TenantWeights(store, terms)
         self._terms = terms
         self._tick_seconds = tick_seconds
         self._inbox: asyncio.Queue[Any] = asyncio.Queue()
@@ -237,6 +238,8 @@ class JobController:
             self._active[job.id] = 0
         if translation.released:
             self._active.pop(job.id, None)
+            if self._slots.free(job.id) and job.status == RUNNING:
+                await self._store.jobs.change(job.tenant, job.id, job_changes.gave_way(job))
             if job.status in FINAL:
                 await asyncio.to_thread(self._preparer.discard, job.id)
         self.signals.notify(job.id)
@@ -247,12 +250,14 @@ class JobController:
         crashed = frozenset(self._active) if self._pid not in (None, engine.pid) else frozenset()
         self._pid = engine.pid
         self._active = dict.fromkeys(engine.running_jobs, 0)
+        self._slots.clear()
         for job in await self._store.jobs.all_with_status_for_recovery((QUEUED, RUNNING)):
             job = await self._catch_up(job)
             if job.status not in (QUEUED, RUNNING):
                 continue
             if job.id in self._active:
                 self._active[job.id] = job.crashes
+                self._slots.taken(job, time.monotonic())
                 if job.requested == "pause":
                     await self._tell(StopJob(job.id, pause=True))
             elif job.requested == "pause":
@@ -267,17 +272,20 @@ class JobController:
                     await self._catch_up(found)
 
     async def _dispatch(self) -> None:
-        """Hand waiting jobs to the engine while there are slots: first those that ran before, then the queue."""
+        """Hand waiting jobs to the engine while there are slots; where there are none, one may be given back."""
         if self._engine.engine is None or self._engine.engine.pid != self._pid or self._draining:
             return
         jobs = await self._store.jobs.all_with_status_for_recovery((QUEUED, RUNNING))
-        waiting = {job.id: job for job in jobs if job.id not in self._active and job.requested != "pause"}
-        again = [Waiting(job.id, job.crashes) for job in waiting.values() if job.status == RUNNING]
-        queue = [Waiting(job.id, job.crashes, job.tenant) for job in waiting.values() if job.status == QUEUED]
-        running = Counter(job.tenant for job in jobs if job.id in self._active or job.status == RUNNING)
-        for job_id in to_start([*again, *in_turns(queue, running)], self._active, self._most_running):
-            if await self._tell(await self._start(waiting[job_id])):
-                self._active[job_id] = waiting[job_id].crashes
+        weights, now = await self.weights.of(job.tenant for job in jobs), time.monotonic()
+        report = self._engine.stats
+        idle = frozenset(one.job_id for one in (report.jobs if report is not None else ()) if one.waits is not None)
+        moves = self._slots.moves(jobs, self._active, weights, idle, now)
+        for job in (job for job in jobs if job.id in moves.start):
+            if await self._tell(await self._start(job)):
+                self._active[job.id] = job.crashes
+                self._slots.taken(job, now)
+        if moves.yielding is not None:
+            await self._tell(StopJob(moves.yielding, pause=True))
 
     async def _start(self, job: Job) -> StartJob:
         tenant = await self._store.tenants.get(job.tenant)

@@ -1,8 +1,9 @@
-"""Which finetuning jobs start next: tenants take turns, and one suspect goes at a time. Pure decisions."""
+"""Which finetuning jobs start next, and which gives its slot back: tenants take turns, and one suspect goes at a time.
+Pure decisions."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
@@ -17,23 +18,57 @@ class Waiting:
     tenant: str = ""
 
 
-def in_turns(queue: Sequence[Waiting], running: Mapping[str, int]) -> list[Waiting]:
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A job that has a slot."""
+
+    job_id: str
+    tenant: str
+    low: bool  # its priority
+    may_yield: bool  # has had its slice
+
+
+def in_turns(queue: Sequence[Waiting], running: Mapping[str, int], weights: Mapping[str, float]) -> list[Waiting]:
     """Jobs that wait (oldest first) in the order in which they start: each slot goes to the tenant that has fewest
-    jobs running, or about to, and its oldest one. With one tenant that is first come, first served."""
+    jobs running, or about to, for its weight, and its oldest one. With one tenant that is first come, first served."""
     of_tenant: dict[str, deque[Waiting]] = {}
     for job in queue:
         of_tenant.setdefault(job.tenant, deque()).append(job)
-    turns = [(running.get(tenant, 0), place, tenant) for place, tenant in enumerate(of_tenant)]
+    turns = [
+        (running.get(tenant, 0) / weights.get(tenant, 1.0), place, tenant) for place, tenant in enumerate(of_tenant)
+    ]
     heapify(turns)
     ordered = []
     while turns:
-        count, place, tenant = turns[0]
+        level, place, tenant = turns[0]
         ordered.append(of_tenant[tenant].popleft())
         if of_tenant[tenant]:
-            heapreplace(turns, (count + 1, place, tenant))
+            heapreplace(turns, (level + 1.0 / weights.get(tenant, 1.0), place, tenant))
         else:
             heappop(turns)
     return ordered
+
+
+def to_yield(
+    holding: Sequence[Holding], queue: Sequence[Waiting], weights: Mapping[str, float], most: int
+) -> str | None:
+    """The job that gives its slot to the first that waits, or None.
+
+    All slots are taken, and the tenant that gives one up still has as many jobs running for its weight as the one that
+    gets it: so no slot goes to and fro. It loses a low job before a normal one, and the youngest of them. Whoever has
+    one job running keeps it.
+    """
+    if len(holding) < most or not queue:
+        return None
+    counts = Counter(job.tenant for job in holding)
+    waiter = in_turns(queue, counts, weights)[0].tenant
+    least = (counts[waiter] + 1) / weights.get(waiter, 1.0)
+    levels = {t: (n - 1) / weights.get(t, 1.0) for t, n in counts.items() if n > 1 and t != waiter}
+    for tenant in sorted(levels, key=levels.__getitem__, reverse=True):
+        able = [job for job in holding if job.tenant == tenant and job.may_yield]
+        if levels[tenant] >= least and able:
+            return next((job for job in reversed(able) if job.low), able[-1]).job_id
+    return None
 
 
 def to_start(waiting: Sequence[Waiting], active: Mapping[str, int], most: int) -> list[str]:

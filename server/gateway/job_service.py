@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 from coserve.server.gateway.adapter_folders import read_config
 from coserve.server.gateway.engine_client import EngineClient
 from coserve.server.gateway.job_controller import JobController
+from coserve.server.gateway.job_outlook import with_outlook
 from coserve.server.gateway.job_preparation import targets_message, unknown_targets
 from coserve.server.gateway.job_queue import Waiting, in_turns
 from coserve.server.gateway.job_spec import (
@@ -205,18 +207,24 @@ class JobService:
 
     async def all_shown(self, jobs: Sequence[Job]) -> list[Job]:
         """`shown` for each."""
+        jobs = self._with_outlook(jobs)
         places: dict[str, int] = {}
         free, ends = 0, list[float]()
         if any(job.status == QUEUED for job in jobs):
             known = await self._store.jobs.all_with_status_for_recovery((QUEUED, RUNNING))
             queue = [Waiting(job.id, job.crashes, job.tenant) for job in known if job.status == QUEUED]
-            running = [job for job in known if job.status == RUNNING]
-            turns = in_turns(queue, Counter(job.tenant for job in running))
+            running = self._with_outlook([job for job in known if job.status == RUNNING])
+            weights = await self._controller.weights.of(job.tenant for job in known)
+            turns = in_turns(queue, Counter(job.tenant for job in running), weights)
             places = {one.job_id: place for place, one in enumerate(turns, start=1)}
             free = self._most_running - len(running)
             etas = [job.progress.get("eta_seconds") for job in running]
             ends = sorted(inf if eta is None else eta for eta in etas)
         return [replace(job, progress={**job.progress, **self._moment(job, places, free, ends)}) for job in jobs]
+
+    def _with_outlook(self, jobs: Sequence[Job]) -> list[Job]:
+        report = self._engine.stats if self._engine.engine is not None else None
+        return [with_outlook(job, report, time.monotonic(), time.time()) for job in jobs]
 
     def _moment(self, job: Job, places: Mapping[str, int], free: int, ends: Sequence[float]) -> dict[str, Any]:
         """`ends`: seconds that the running jobs still take, those last that do not know."""

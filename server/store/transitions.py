@@ -20,7 +20,7 @@ NEXT = MappingProxyType(
     {
         VALIDATING: frozenset({QUEUED, FAILED, CANCELLED}),
         QUEUED: frozenset({RUNNING, PAUSED, FAILED, CANCELLED}),
-        RUNNING: frozenset({PAUSED, SUCCEEDED, FAILED, CANCELLED}),
+        RUNNING: frozenset({QUEUED, PAUSED, SUCCEEDED, FAILED, CANCELLED}),
         PAUSED: frozenset({QUEUED, RUNNING, FAILED, CANCELLED}),
         SUCCEEDED: frozenset(),
         FAILED: frozenset(),

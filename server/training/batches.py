@@ -36,6 +36,17 @@ class Batch:
         return sum(len(row.input_ids) for row in self.rows)
 
 
+@dataclass(frozen=True, slots=True)
+class WorkLeft:
+    """What a job still has to run, as its rows are on average. Counts are tokens."""
+
+    step_tokens: float  # of an ordinary optimizer step
+    tokens: float  # to train
+    eval_tokens: float  # to evaluate
+    bearing: float  # the part of training tokens that bears loss
+    eval_bearing: float
+
+
 class BatchSource:
     """Cuts a job's rows into batches: a function of the spec and the rows, without any state that matters."""
 
@@ -47,6 +58,24 @@ class BatchSource:
         training = spec.training
         self.steps_per_epoch = steps_per_epoch(len(train), training.step_rows)
         self.total_steps = total_steps(len(train), training.step_rows, training.n_epochs, training.max_steps)
+
+    def work_left(self, begun: int, done: int, evaluated: int | None) -> WorkLeft:
+        """What comes after `begun` steps, of which `done` are done. `evaluated`: validation rows that have run, where
+        an evaluation is under way. Early stopping is not foreseen."""
+        train, valid = self._train, self._valid
+        step_tokens, evaluations = train.tokens / self.steps_per_epoch, 0.0
+        if valid is not None:
+            every = self._evaluate_every()
+            evaluations += self.total_steps // every - done // every
+            evaluations += done < self.total_steps and self.total_steps % every > 0
+            evaluations += 0.0 if evaluated is None else max(0.0, 1.0 - evaluated / len(valid))
+        return WorkLeft(
+            step_tokens,
+            (self.total_steps - begun) * step_tokens,
+            0.0 if valid is None else evaluations * valid.tokens,
+            train.loss_tokens / train.tokens,
+            0.0 if valid is None else valid.loss_tokens / valid.tokens,
+        )
 
     def train(self, step: int) -> Batch:
         """The rows of optimizer step `step`, from 1; the last step of an epoch may have fewer."""
@@ -68,8 +97,10 @@ class BatchSource:
         """After every `eval_every` steps, else after every epoch; and always at the end."""
         if self._valid is None:
             return False
-        every = self._spec.training.eval_every or self.steps_per_epoch
-        return step % every == 0 or step == self.total_steps
+        return step % self._evaluate_every() == 0 or step == self.total_steps
+
+    def _evaluate_every(self) -> int:
+        return self._spec.training.eval_every or self.steps_per_epoch
 
     def checkpoint_due(self, step: int) -> bool:
         """After every `checkpoint_every` steps, else after every epoch and at least every hundred steps."""

@@ -41,9 +41,17 @@ class TokenRows:
         except (TensorFileError, OSError) as error:
             raise DatasetError(f"{path.name} cannot be read: {error}") from error
         self._check(path.name, vocab_size)
+        firsts = self._labels[self._offsets[:-1]]  # a row's first label bears no loss
+        bearing = np.count_nonzero(self._labels != IGNORED_LABEL) - np.count_nonzero(firsts != IGNORED_LABEL)
+        self.loss_tokens = int(bearing)  # of all rows
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return len(self._input_ids)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, labels) of one row, int64 [N] each."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from coserve.server.training.batches import Batch, BatchSource
+from coserve.server.training.batches import Batch, BatchSource, WorkLeft
 from coserve.server.training.events import Record
 from coserve.server.training.opening import (
     NO_ROOM,
@@ -119,6 +119,14 @@ class TrainingJob:
     @property
     def trained_tokens(self) -> int:
         return self._progress.trained_tokens
+
+    def work_left(self, batch: Batch | None) -> WorkLeft:
+        """What is still to run beyond `batch`, the one under way. May be asked while the job's side work runs."""
+        step, evaluated = self.step, None
+        if self._progress.open_step is not None:
+            evaluated = self._evaluation.rows + (len(batch.rows) if batch is not None and batch.kind == "eval" else 0)
+        begun = max(step, batch.step) if batch is not None else step
+        return self._source.work_left(begun, step, evaluated)
 
     # ------------------------------------------------------------------ work
 

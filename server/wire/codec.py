@@ -215,6 +215,7 @@ def _record(cls: type) -> Check:
 
 _NESTED = (
     messages.SamplingParams, messages.AdapterRef, messages.TokenLogprob, messages.TenantShare, messages.QueuedRequest,
+    messages.JobReport,
 )  # fmt: skip
 _MESSAGE_SET = frozenset(messages.MESSAGES)
 _VALUES = {cls: _values_getter(cls) for cls in (*messages.MESSAGES, *_NESTED)}

@@ -234,6 +234,16 @@ class QueuedRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class JobReport:
+    """What the engine expects of a job; nothing where it says for what the job still waits."""
+
+    job_id: str
+    tokens_per_second: float | None = None  # that it trains now
+    seconds: float | None = None  # from this report to the job's end
+    waits: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Sent about once a second, also when idle, and within 0.2 s of a change of the sequences or of their blocks: the
     heartbeat, and what /metrics shows of the engine.
@@ -241,7 +251,7 @@ class Stats:
     `counters` only grow, `gauges` are current values; names are those of the metric catalogue
     (server/telemetry), labels are written `name{key="value"}`. `itl` and `ttft` are the raw
     samples, in seconds, since the last Stats, as (slo_class, seconds). `queued` are the sequences that wait, in the
-    order in which they would be admitted now.
+    order in which they would be admitted now, and `jobs` those that are here.
     """
 
     time: float
@@ -250,6 +260,7 @@ class Stats:
     itl: tuple[tuple[str, float], ...] = ()
     ttft: tuple[tuple[str, float], ...] = ()
     queued: tuple[QueuedRequest, ...] = ()
+    jobs: tuple[JobReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

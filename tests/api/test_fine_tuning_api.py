@@ -18,7 +18,7 @@ KEYS = {
 }  # fmt: skip
 PROGRESS = {
     "step", "total_steps", "tokens_per_second", "loss", "queue_position", "eta_seconds", "reason",
-    "expected_wait_seconds",
+    "expected_wait_seconds", "expected_tokens_per_second",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from coserve.server.gateway.job_events import Pace, translate
 from coserve.server.gateway.job_log import read_after
-from coserve.server.gateway.job_queue import Waiting, in_turns, to_start
+from coserve.server.gateway.job_queue import Holding, Waiting, in_turns, to_start, to_yield
 from coserve.server.gateway.job_spec import (
     engine_spec,
     fine_tuned_model_id,
@@ -98,11 +98,56 @@ def test_slots_go_to_the_tenant_with_fewest_jobs_running():
     queue = [Waiting(name, 0, name[0]) for name in ("a1", "a2", "a3", "b1", "c1", "b2")]
 
     def order(**running):
-        return [job.job_id for job in in_turns(queue, running)]
+        return [job.job_id for job in in_turns(queue, running, {})]
 
     assert order() == ["a1", "b1", "c1", "a2", "b2", "a3"]
     assert order(a=2, b=1) == ["c1", "b1", "a1", "b2", "a2", "a3"]
-    assert [job.job_id for job in in_turns(queue[:3], {"a": 5})] == ["a1", "a2", "a3"]
+    assert [job.job_id for job in in_turns(queue[:3], {"a": 5}, {})] == ["a1", "a2", "a3"]
+
+
+def test_slots_follow_weights():
+    queue = [Waiting(name, 0, name[0]) for name in ("a1", "a2", "a3", "b1", "b2")]
+    assert [job.job_id for job in in_turns(queue, {}, {"a": 3.0})] == ["a1", "b1", "a2", "a3", "b2"]
+    assert in_turns(queue, {"a": 3, "b": 1}, {"a": 3.0})[0].job_id == "a1"
+    assert in_turns(queue, {"a": 4, "b": 1}, {"a": 3.0})[0].job_id == "b1"
+
+
+def given_back(slots, waits, weights=None, most=None, kept=(), low=()):
+    """Who gives a slot to the tenant `waits`; a job is named by its tenant and a number."""
+    holding = [Holding(name, name[0], name in low, name not in kept) for name in slots]
+    return to_yield(holding, [Waiting("w", 0, waits)], weights or {}, most or len(slots))
+
+
+def test_a_tenant_with_several_jobs_gives_a_slot_to_one_that_has_too_few():
+    assert given_back(["a1", "a2", "a3"], "b") == "a3", "the youngest"
+    assert given_back(["a1", "a2", "a3"], "b", kept=["a3"]) == "a2", "of those that have had their slice"
+    assert given_back(["a1", "a2", "a3"], "b", low=["a1"]) == "a1", "low jobs first"
+    assert given_back(["a1", "a2", "a3"], "b", most=4) is None, "there is a free slot"
+    assert given_back(["a1"], "b") is None, "whoever has one keeps it"
+    assert given_back(["a1", "a2", "b1", "b2"], "b") is None and given_back(["a1", "a2"], "a") is None
+    assert given_back(["a1", "a2", "b1", "c1", "c2", "c3"], "b") == "c3"
+    assert given_back(["a1", "a2", "c1", "c2", "c3"], "b", kept=["c1", "c2", "c3"]) == "a2"
+    assert given_back(["a1", "a2", "a3"], "b", weights={"a": 3.0}) is None, "three of three to one is its share of four"
+    assert given_back(["a1", "a2", "a3", "b1"], "b", weights={"b": 3.0}) == "a3"
+
+
+def test_slots_that_are_given_back_settle():
+    """Nobody loses the same slot again as long as the same jobs are there."""
+    slots, queue = [f"a{i}" for i in range(8)], [f"b{i}" for i in range(8)]
+    for _ in range(8):
+        waiting = [Waiting(name, 0, name[0]) for name in sorted(queue)]
+        holding = [Holding(name, name[0], False, True) for name in slots]
+        yielded = to_yield(holding, waiting, {}, 8)
+        if yielded is None:
+            break
+        slots.remove(yielded)
+        queue.append(yielded)
+        running = {tenant: sum(name[0] == tenant for name in slots) for tenant in "ab"}
+        taken = in_turns([Waiting(name, 0, name[0]) for name in sorted(queue)], running, {})[0].job_id
+        assert taken[0] == "b"
+        queue.remove(taken)
+        slots.append(taken)
+    assert sum(name[0] == "a" for name in slots) == 4
 
 
 def test_suspects_start_one_at_a_time_the_least_suspected_first():

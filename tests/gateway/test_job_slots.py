@@ -88,3 +88,67 @@ def test_a_burst_of_creates_does_not_pass_the_bound(tmp_path):
         assert sorted(answer.status_code for answer in answers) == [200] * 3 + [429] * 7
 
     in_world(tmp_path, scenario, max_jobs_queued_tenant=3)
+
+
+async def at_step(world, job_id, step):
+    async def reached():
+        return (await world.job(job_id))["progress"]["step"] == step
+
+    await world.until(reached)
+
+
+def test_a_tenant_that_holds_all_slots_gives_one_to_another_and_its_job_goes_on_later(tmp_path):
+    async def scenario(world):
+        first, second = await world.running(), await world.running()
+        for job_id in (first, second):
+            world.engine.step(job_id, 1)
+            await at_step(world, job_id, 1)
+        theirs = (await world.create(world.b))["id"]
+        await world.until(lambda: world.engine.stops() == [(second, True)])
+        assert theirs not in world.engine.started(), "the slot is free when the engine has let go"
+        world.engine.tell(second, "paused", "Fine-tuning job paused", step=1)
+        await world.started(theirs)
+        job = await world.status(second, "queued")
+        assert job["progress"]["step"] == 1 and "at most 2" in job["progress"]["reason"]
+        told = await world.messages(second)
+        assert "another tenant" in told[-1] and "Fine-tuning job paused" not in told
+        assert world.engine.started().count(second) == 1, "it does not take the slot back"
+        world.engine.tell(theirs, "started", "Fine-tuning job started", total_steps=1)
+        world.engine.finish(theirs, 1)
+        await world.started(second, 2)
+        assert world.engine.stops() == [(second, True)]
+
+    in_world(tmp_path, scenario, max_jobs_running=2, job_slice_seconds=0.0)
+
+
+def test_a_job_keeps_its_slot_for_a_slice_and_for_a_step(tmp_path):
+    async def scenario(world):
+        jobs = [await world.running(), await world.running()]
+        theirs = (await world.create(world.b))["id"]
+        await world.until(lambda: not world.services.controller._validation._running)
+        await asyncio.sleep(0.05)
+        assert not world.engine.stops(), "neither has done a step"
+        world.engine.step(jobs[0], 1)
+        await at_step(world, jobs[0], 1)
+        await world.create(world.b)  # the queue is looked at
+        await world.until(lambda: world.engine.stops() == [(jobs[0], True)])
+        await world.a.post(f"/v1/fine_tuning/jobs/{jobs[0]}/cancel")
+        world.engine.tell(jobs[0], "cancelled", "cancelled", step=1)
+        await world.started(theirs)
+        assert (await world.job(jobs[0]))["status"] == "cancelled", "a tenant's word overrules"
+
+    in_world(tmp_path, scenario, max_jobs_running=2, job_slice_seconds=0.0)
+
+
+def test_a_slice_lasts(tmp_path):
+    async def scenario(world):
+        jobs = [await world.running(), await world.running()]
+        for job_id in jobs:
+            world.engine.step(job_id, 1)
+            await at_step(world, job_id, 1)
+        await world.create(world.b)
+        await world.until(lambda: not world.services.controller._validation._running)
+        await asyncio.sleep(0.03)
+        assert not world.engine.stops()
+
+    in_world(tmp_path, scenario, max_jobs_running=2, job_slice_seconds=60.0)

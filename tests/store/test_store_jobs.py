@@ -45,7 +45,8 @@ def make(store, tenant, status="validating_files", **fields):
 ALLOWED = {
     ("validating_files", "queued"), ("validating_files", "failed"), ("validating_files", "cancelled"),
     ("queued", "running"), ("queued", "paused"), ("queued", "failed"), ("queued", "cancelled"),
-    ("running", "paused"), ("running", "succeeded"), ("running", "failed"), ("running", "cancelled"),
+    ("running", "queued"), ("running", "paused"), ("running", "succeeded"), ("running", "failed"),
+    ("running", "cancelled"),
     ("paused", "queued"), ("paused", "running"), ("paused", "failed"), ("paused", "cancelled"),
 }  # fmt: skip
 

@@ -78,7 +78,7 @@ class SteppedEngine:
         )
         cache = KVCache(layer_shapes(model), blocks, 16, torch.float32, device, scratch=model.backend.captures)
         graphs = None if graphs_of is None else graphs_of(model, cache, self.pool)
-        stats = StatsClock(self.socket, self.requests, self.trainer, self.pool, iterations, dict, scheduler.queue)
+        stats = StatsClock(self.socket, self.requests, self.trainer, self.pool, iterations, dict, scheduler)
         self.engine = Engine(
             self.socket, self.intake, self.requests, self.adapters, self.trainer, scheduler,
             Runner(model, cache, self.requests, self.adapters, graphs=graphs, ahead=ahead),

@@ -1,0 +1,43 @@
+"""What an engine's jobs still have to run, told while they run."""
+
+from __future__ import annotations
+
+import torch
+from engine_process import write_job
+from peft_oracle import training_rows
+from stepped_engine import DIGEST, SteppedEngine
+
+from coserve.server.engine.job_forecasts import reports
+
+torch.set_num_threads(1)
+
+
+def test_rows_leave_a_jobs_work_when_they_enter_a_sweep_and_forecasts_shrink_to_nothing(tmp_path):
+    rows = training_rows(24, 0)
+    write_job(tmp_path, "a", DIGEST, rows)
+    write_job(tmp_path, "b", DIGEST, training_rows(24, 1), priority="low")
+    world = SteppedEngine(tmp_path, itl=0.01)
+    scheduler, trainer = world.engine._scheduler, world.trainer
+    for name in ("a", "b"):
+        trainer.start(name)
+    world.until(lambda: len(trainer.works()) == 2)
+    first = {work.job_id: work for work in trainer.works()}
+    assert (first["a"].priority, first["b"].priority) == ("normal", "low")
+    assert first["a"].step.layers == world.model.layer_count
+    seen: list[tuple[int, float]] = []
+
+    def look() -> bool:
+        told = {
+            one.job_id: one for one in reports(scheduler.forecast(trainer.works(), trainer.states()), trainer.waits)
+        }
+        if "a" in told:
+            left = {work.job_id: work.rows for work in trainer.works()}["a"]
+            seen.append((left, told["a"].seconds))
+            assert told["a"].tokens_per_second > 0.0
+        return "a" not in trainer.job_ids
+
+    world.until(look)
+    lefts = [left for left, _ in seen]
+    assert lefts == sorted(lefts, reverse=True) or max(lefts) == first["a"].rows
+    assert lefts[0] == first["a"].rows > 0 == lefts[-1]
+    assert seen[-1][1] < 0.2 * seen[0][1]

@@ -175,7 +175,7 @@ def test_an_iteration_in_pieces_replays_once(tmp_path):
         return replay
 
     engine = engine_with_adapters(tmp_path, lambda model, cache, pool: DecodeGraphs(model, cache, pool, 64, record))
-    engine.engine._runner._defers = True
+    engine.engine._runner.ahead = True
     model = oracle_model(save_tiny_model(tmp_path / "model", "llama:mini"), None)
     for number, request in enumerate("xy"):
         engine.submit(request, prompt(7, number), max_tokens=3)

@@ -83,7 +83,7 @@ def test_the_probe_passes():
     probe(tiny_config("gemma3_text:mini"), TritonBackend(), kernel_device())
 
 
-def engine_with_adapters(tmp_path, graphs_of=None, families=LIMITS, **adapters: int) -> SteppedEngine:
+def engine_with_adapters(tmp_path, graphs_of=None, families=None, **adapters: int) -> SteppedEngine:
     for name, rank in adapters.items():
         targets = ["q_proj", "v_proj", "down_proj"] if rank == 5 else "all-linear"
         save_adapter(tmp_path / name, "llama:mini", rank, seed=rank, target_modules=targets)
@@ -98,8 +98,9 @@ def engine_with_adapters(tmp_path, graphs_of=None, families=LIMITS, **adapters: 
 
 
 def test_greedy_tokens_of_mixed_ranks_in_one_batch(tmp_path):
-    """Base and three adapters, one of them at some modules only; prompts in chunks beside decodes."""
-    engine = engine_with_adapters(tmp_path, a=3, b=20, c=5)
+    """Base and three adapters, one of them at some modules only; prompts in chunks beside decodes, these in the family
+    of launches for small batches."""
+    engine = engine_with_adapters(tmp_path, families=LIMITS, a=3, b=20, c=5)
     model = save_tiny_model(tmp_path / "model", "llama:mini")
     wanted = {"base": None, "a": "a", "b": "b", "c": "c"}
     for number, (request, adapter) in enumerate(wanted.items()):
@@ -178,7 +179,7 @@ def test_an_iteration_in_pieces_replays_once(tmp_path):
         return replay
 
     engine = engine_with_adapters(tmp_path, lambda model, cache, pool: DecodeGraphs(model, cache, pool, 64, record))
-    engine.engine._runner._defers = True
+    engine.engine._runner.ahead = True
     model = oracle_model(save_tiny_model(tmp_path / "model", "llama:mini"), None)
     for number, request in enumerate("xy"):
         engine.submit(request, prompt(7, number), max_tokens=3)

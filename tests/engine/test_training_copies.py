@@ -36,7 +36,7 @@ class World(SteppedEngine):
 
     @property
     def limit(self) -> int | None:
-        return self.engine._shares.limits.get("t", TenantLimit()).adapter_pages
+        return self.engine._outlook._shares.limits.get("t", TenantLimit()).adapter_pages
 
     def events(self, job: str) -> list[dict]:
         text = (self.data_dir / "jobs" / job / "events.jsonl").read_text()

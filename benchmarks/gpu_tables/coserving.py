@@ -60,7 +60,8 @@ TOY = Size((0.5,), (RIVALS[0], RIVALS[1]), 0.2, 0.8, 0.4, 16.0, 16.0, 0, 16, 8, 
 
 
 class Switch:
-    """Every rule in one place: the engine asks whichever is `current`. All learn from the start's calibration."""
+    """Every rule in one place: the engine asks whichever is `current`. All learn from the start's calibration, and all
+    plan after the iteration before: rivals have no drafts."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         makers = policies(config)
@@ -68,7 +69,7 @@ class Switch:
         self.current: str | None = None
         # One tenant sends everything here, so whose books of it the engine reads does not matter.
         ours = self._rules[OURS]
-        self.share, self.queue, self.account = ours.share, ours.queue, ours.account
+        self.share, self.queue, self.account, self.forecast = ours.share, ours.queue, ours.account, ours.forecast
 
     def plan(self, state: Any) -> Any:
         return self._rules[self.current or OURS].plan(state)

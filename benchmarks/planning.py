@@ -4,9 +4,10 @@
 
 No model and no server. The states are busy ones: all streams decode but the newest, which are in prefill; every third
 request asks the base model, the others one of the adapters; every job has a sweep of its own, each at another place of
-its forward, head or backward. Times are the thread's CPU time, which does not count what else the machine does, and
-wall-clock time beside it. The last rows have two and four times as much of everything: planning should take no more
-than two and four times as long.
+its forward, head or backward. The jobs are of one tenant of large weight, so that their training gives way to no
+prompt. Times are the thread's CPU time, which does not count what else the machine does, and wall-clock time beside it.
+The last rows have two and four times as much of everything: planning should take no more than two and four times as
+long.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _sweep(i: int) -> SweepState:
     stand anywhere."""
     stage = i % 3 if i else 2
     return SweepState(
-        sweep_id=i, jobs=(SweepJob(f"job-{i}", f"tenant-{i % 97}", 1.0, "low" if i % 5 == 4 else "normal"),),
+        sweep_id=i, jobs=(SweepJob(f"job-{i}", "trainer", 1e6, "low" if i % 5 == 4 else "normal"),),
         layers=32, stream_tokens=4096, window=512, forward_tokens=8 * i if stage == 0 else 4096,
         partial_tokens=0, partial_layer=0, head_rows_ready=900 if stage == 1 else 0,
         head_rows_left=900 if stage < 2 else 0, backward_layer=20, backward_tokens=8 * i if stage == 2 else 0,

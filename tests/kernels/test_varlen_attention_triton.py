@@ -94,7 +94,8 @@ def test_spans_with_prefixes(name):
 
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize(
-    "heads,kv_heads,dim,value_dim", [(2, 2, 64, 64), (3, 1, 80, 80), (2, 1, 256, 256), (4, 2, 96, 48)]
+    "heads,kv_heads,dim,value_dim",
+    [(2, 2, 64, 64), (3, 1, 80, 80), (4, 1, 128, 128), (2, 1, 256, 256), (4, 2, 96, 48)],
 )
 def test_heads(dtype, heads, kv_heads, dim, value_dim):
     seed, device = fresh_seed(), kernel_device()

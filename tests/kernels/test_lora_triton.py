@@ -12,7 +12,7 @@ from kernel_device import INTERPRETED, fresh_seed, kernel_device, relative_error
 from lora_batches import BOUND, batch, ranges_of, rows_without, run, worst_range
 from paged_adapters import PagedAdapters
 
-from coserve.kernels.lora import PagedTerms, RowRange, route
+from coserve.kernels.lora import Family, PagedTerms, RowRange, route
 from coserve.kernels.lora.function import paged_lora_add
 from coserve.kernels.lora.grouped import splits_for
 
@@ -138,6 +138,21 @@ def test_long_sums_are_split_and_repeat_bit_for_bit():
     assert worst_range(runs[0][0], want, ranges_of(triples)) < BOUND[torch.bfloat16]
     for g, w in zip(runs[0][1], oracle, strict=True):
         assert relative_error(g.cpu(), w) < BOUND[torch.bfloat16]
+
+
+@pytest.mark.parametrize("family", Family)
+def test_many_small_adapters_in_one_launch(family):
+    """64 adapters of ranks 1 to 4, a row of each, in no order; the grouped family takes the gradients of both."""
+    seed, device = fresh_seed(), kernel_device()
+    order, ranks = random.Random(seed).sample(range(64), 64), [1 + n % 4 for n in range(64)]
+    adapters = PagedAdapters(ranks, {"q": (24, 16)}, torch.float32, device, page_elements=40, seed=seed)
+    triples = [(row, row + 1, adapter) for row, adapter in enumerate(order)]
+    x, y, wanted = batch(64, 24, 16, torch.float32, device, seed)
+    got, grads = run(adapters, triples, x, y, wanted, family=family)
+    want, oracle = adapters.oracle(y, x, ranges_of(triples), wanted)
+    # Scalings go from 0.25 to 31.75: without the least of the terms a result is off by 1e-3.
+    for g, w in zip([got, *grads], [want, *oracle], strict=True):
+        assert relative_error(g.cpu(), w) < BOUND[torch.float32]
 
 
 def test_blocks_without_rows_change_nothing():

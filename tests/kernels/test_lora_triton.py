@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_device import INTERPRETED, fresh_seed, kernel_device, relative_error, reversed_programs
+from kernel_device import fresh_seed, kernel_device, relative_error
 from lora_batches import BOUND, batch, ranges_of, rows_without, run, worst_range
 from paged_adapters import PagedAdapters
 
@@ -165,21 +165,6 @@ def test_blocks_without_rows_change_nothing():
     assert len(padded.blocks) == 130 and splits_for(padded, pages, 512) == splits_for(routing, pages, 512) == 4
     got, want = (paged_lora_add(y.clone(), x, PagedTerms(r, pages)) for r in (padded, routing))
     assert torch.equal(got, want) and not torch.equal(got, y)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs programs in an order of its own")
-def test_programs_may_run_in_any_order():
-    seed, device = fresh_seed(), kernel_device()
-    adapters = PagedAdapters(
-        [3, 40], {"q": (72, 40), "k": (72, 30)}, torch.bfloat16, device, page_elements=56, seed=seed
-    )
-    triples = [(0, 20, 1), (20, 21, 0), (24, 50, 1)]
-    x, y, wanted = batch(50, 72, 70, torch.bfloat16, device, seed)
-    forward, gradients = run(adapters, triples, x, y, wanted, sites=2, chunk_rows=10)
-    with reversed_programs():
-        backward, others = run(adapters, triples, x, y, wanted, sites=2, chunk_rows=10)
-    assert torch.equal(forward, backward)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
 
 
 def test_dropout_reaches_the_term_and_its_gradients():

@@ -5,6 +5,8 @@ Under Triton's interpreter the tensors are the CPU's (see `test_engine_interpret
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from gradient_oracle import (
@@ -22,7 +24,8 @@ from stepped_engine import SteppedEngine
 from tiny_models import save_tiny_model, tiny_config
 
 from coserve.kernels.dropout import RowKeys, dropout_rows
-from coserve.kernels.lora import LIMITS, Family, FamilyLimits
+from coserve.kernels.lora import LIMITS, Family, FamilyLimits, route
+from coserve.server.engine import triton_backend
 from coserve.server.engine.decode_graphs import DecodeGraphs
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.plain_backend import PlainBackend
@@ -97,16 +100,24 @@ def engine_with_adapters(tmp_path, graphs_of=None, families=None, **adapters: in
     )
 
 
-def test_greedy_tokens_of_mixed_ranks_in_one_batch(tmp_path):
+def test_greedy_tokens_of_mixed_ranks_in_one_batch(tmp_path, monkeypatch):
     """Base and three adapters, one of them at some modules only; prompts in chunks beside decodes, these in the family
-    of launches for small batches."""
+    of launches for small batches. Routing is built once an iteration, whatever the number of layers and adapters."""
+    routed, counts = [], []
+    monkeypatch.setattr(triton_backend, "route", lambda *args, **how: routed.append(args) or route(*args, **how))
+
+    def done():
+        counts.append(len(routed))
+        return not len(engine.requests)
+
     engine = engine_with_adapters(tmp_path, families=LIMITS, a=3, b=20, c=5)
     model = save_tiny_model(tmp_path / "model", "llama:mini")
     wanted = {"base": None, "a": "a", "b": "b", "c": "c"}
     for number, (request, adapter) in enumerate(wanted.items()):
         ref = None if adapter is None else engine.ref(adapter)
         engine.submit(request, prompt(7 + 11 * number, number), ref, max_tokens=4)
-    engine.until(lambda: not len(engine.requests), seconds=120)
+    engine.until(done, seconds=120)
+    assert max(after - before for before, after in itertools.pairwise(counts)) == 1
     for number, (request, adapter) in enumerate(wanted.items()):
         oracle = oracle_model(model, None if adapter is None else tmp_path / adapter)
         got = engine.tokens(request)

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from coserve.kernels.attention import paged, varlen
+from coserve.kernels.attention.spans import span_batch
 from coserve.kernels.layer import kernel as layer
 from coserve.kernels.lora import grouped as lora
 from coserve.kernels.lora import per_row
@@ -29,6 +30,8 @@ MODEL = {"x", "y", "flat", "right", "query", "keys", "values",
 FLOATS = {"lse", "delta", "hidden", "parts", "scaling", "part_out", "part_max", "part_sum", "sinks"}
 INTS = {"rows", "owners", "blocks", "chunks", "chunk_starts", "numbers", "index", "columns",
         "spans", "tables", "contexts", "starts", "counts", "tiles"}  # fmt: skip
+# Strides and page sizes: wide loads, and with them the buffers that they are loaded ahead into, hang on these.
+MULTIPLES = ("_stride", "_row", "_head", "_slot", "page_elements")
 
 LORA = {"SPLITS": 4, "BLOCK_R": 32, "WIDEN": False}
 SHRINK = LORA | {"SLICES": 2, "BLOCK_M": 16, "BLOCK_K": 128}
@@ -40,9 +43,24 @@ def heads(dim, rows, splits):
     return ATTEND | sizes | {"ROWS": rows, "SPLITS": splits}
 
 
-SPAN = {"GROUP": 4, "DIM": 64, "VALUE_DIM": 64, "BLOCK": 64, "BLOCK_D": 64, "BLOCK_V": 64, "WINDOW": True,
-        "SOFTCAP": True, "WIDEN": False}  # fmt: skip
+def span_heads(dim, dtype):
+    """With the tiles that a span batch gives such heads."""
+    sizes = {"DIM": dim, "VALUE_DIM": dim, "BLOCK_D": dim, "BLOCK_V": dim}
+    block = span_batch([], dim * {"bf16": 2, "fp32": 4}[dtype]).block
+    return {"GROUP": 4, "WINDOW": True, "SOFTCAP": True, "WIDEN": False, "BLOCK": block} | sizes
 
+
+# A tile's row is 256, 512 or 1024 bytes wide: every size of tile that there is.
+SPANS = {
+    f"training {name}, {dim} in {dtype}": (function, dtype, dtype, span_heads(dim, dtype) | sinks)
+    for name, function, sinks in (
+        ("forward", varlen._forward, {"SINKS": True}),
+        ("backward, queries", varlen._backward_queries, {}),
+        ("backward, keys", varlen._backward_keys, {}),
+    )
+    for dim in (128, 256)
+    for dtype in ("bf16", "fp32")
+}
 
 KERNELS = {
     "shrink": (lora._shrink, "bf16", "fp32", SHRINK | {"PART": 1, "IN_ROW": True}),
@@ -65,9 +83,7 @@ KERNELS = {
     "prefill 256": (paged._attend, "bf16", "bf16", heads(256, 16, 1)),
     "decode 128": (paged._attend, "bf16", "bf16", heads(128, 4, 4)),
     "combine": (paged._combine, "bf16", "bf16", {"VALUE_DIM": 128, "BLOCK_V": 128, "SINKS": True, "SPLITS": 16}),
-    "training forward": (varlen._forward, "bf16", "bf16", SPAN | {"SINKS": True}),
-    "training backward, queries": (varlen._backward_queries, "bf16", "bf16", SPAN),
-    "training backward, keys": (varlen._backward_keys, "bf16", "bf16", SPAN),
+    **SPANS,
     "rms_norm": (layer._rms_norm, "bf16", "bf16", {"UNIT_OFFSET": False, "BLOCK": 4096}),
     "rms_norm_backward": (layer._rms_norm_backward, "bf16", "bf16", {"UNIT_OFFSET": True, "BLOCK": 4096}),
     "rope": (
@@ -105,10 +121,10 @@ def test_compiles_for_sm90(name, tmp_path, monkeypatch):
     signature = {argument: kind(argument) for argument in function.arg_names}
     free = {parameter.name for parameter in function.params if parameter.do_not_specialize}
     assert free >= signature.keys() & INTS  # a batch's integers lie anywhere: a kernel for each alignment is too many
-    aligned = {
+    aligned = {  # as launches of usual shapes are
         (n,): [["tt.divisibility", 16]]
         for n, (argument, kind) in enumerate(signature.items())
-        if (kind.startswith("*") or argument in ("x_stride", "y_stride", "page_elements")) and argument not in free
+        if (kind.startswith("*") or argument.endswith(MULTIPLES)) and argument not in free
     }
     compiled = triton.compile(ASTSource(function, signature, constants, aligned), target=GPUTarget("cuda", 90, 32))
     assert compiled.asm["cubin"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_device import INTERPRETED, fresh_seed, kernel_device, poisoned_memory, reversed_programs
+from kernel_device import fresh_seed, kernel_device, poisoned_memory
 
 from coserve.kernels.attention.spans import KeySpan, span_batch
 from coserve.kernels.attention.training import MaskCache, Score, attention_backward, attention_forward
@@ -94,7 +94,8 @@ def test_spans_with_prefixes(name):
 
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize(
-    "heads,kv_heads,dim,value_dim", [(2, 2, 64, 64), (3, 1, 80, 80), (2, 1, 256, 256), (4, 2, 96, 48)]
+    "heads,kv_heads,dim,value_dim",
+    [(2, 2, 64, 64), (3, 1, 80, 80), (4, 1, 128, 128), (2, 1, 256, 256), (4, 2, 96, 48)],
 )
 def test_heads(dtype, heads, kv_heads, dim, value_dim):
     seed, device = fresh_seed(), kernel_device()
@@ -118,15 +119,6 @@ def test_no_spans():
     device = kernel_device()
     case = Case([], 2, 1, 16, 16, torch.float32, device, 1)
     assert not any(t.any() for t in case.kernel(Score(1.0)))
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs programs in an order of its own")
-def test_programs_may_run_in_any_order():
-    seed, device = fresh_seed(), kernel_device()
-    case, score = Case([(70, 90), (5, 5)], 4, 2, 16, 16, torch.bfloat16, device, seed), Score(0.3)
-    first = case.kernel(score)
-    with reversed_programs():
-        assert all(torch.equal(a, b) for a, b in zip(first, case.kernel(score), strict=True))
 
 
 @pytest.mark.parametrize("dtype", BOTH)

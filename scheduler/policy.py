@@ -46,6 +46,7 @@ from coserve.scheduler.features import (
 from coserve.scheduler.forecast import JobForecast, JobWork, forecast
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
+from coserve.scheduler.margin import Errors
 from coserve.scheduler.queue import QueueClock, Queued
 from coserve.scheduler.rates import TrainingRate
 from coserve.scheduler.state import Plan, Prefill, RequestState, SchedulerState, SweepState
@@ -203,6 +204,10 @@ class Scheduler:
             self._rate.rest()
         speed = self._rate.speed(self.model)
         return forecast(jobs, sweeps, self.model, self.config.head_rows, speed, self.config.floor_share)
+
+    def errors(self) -> Errors:
+        """How wrong the predictions of the last iterations were."""
+        return self.model.margins.errors
 
     def _crowd(self, lineup: Lineup, share: FairShare, costs: Costs) -> Crowd:
         if not share.shared:

@@ -18,7 +18,6 @@ from typing import Any
 from harness import ratio, say
 
 from coserve.kernels.lora import Family, FamilyLimits
-from coserve.server.engine.adapter_pool import default_page_elements
 from coserve.server.wire.messages import AdapterRef
 from gpu_tables.bench import Bench
 from gpu_tables.decode import CALM_ITL_MS, decode_steps, floor_seconds
@@ -167,9 +166,8 @@ def _both_families(stand: Stand, bench: Bench, size: Size, table: Table, version
 
 
 def _off(bench: Bench, size: Size, table: Table, name: str, first: Found | None) -> Found:
-    """A row without adapters, from an engine whose adapter memory is one page."""
-    page = default_page_elements(bench.geometry.hidden) * bench.dtype.itemsize
-    with bench.stand(adapter_memory=page, **_options(bench, size)) as stand:
+    """A row without adapters, from an engine that has no memory for any."""
+    with bench.stand(adapter_memory=0, **_options(bench, size)) as stand:
         found = _measure(stand, bench, size, ())
     _show(table, name, "base", found, first or found, None)
     return found

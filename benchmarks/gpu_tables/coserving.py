@@ -70,6 +70,7 @@ class Switch:
         # One tenant sends everything here, so whose books of it the engine reads does not matter.
         ours = self._rules[OURS]
         self.share, self.queue, self.account, self.forecast = ours.share, ours.queue, ours.account, ours.forecast
+        self.errors = ours.errors
 
     def plan(self, state: Any) -> Any:
         return self._rules[self.current or OURS].plan(state)

@@ -91,3 +91,8 @@ class AdapterPages:
     @property
     def _by_page(self) -> Tensor:
         return self.flat.view(self.num_pages, -1)
+
+
+def pages_at_rank(rank: int, wide_in: int, wide_out: int, page_elements: int) -> int:
+    """Pages of an adapter of this rank at one linear layer: those of its A, and those of its B."""
+    return -(-rank * wide_in // page_elements) + -(-rank * wide_out // page_elements)

@@ -8,11 +8,13 @@ disk is loaded beside the iterations; its requests wait, they do not fail.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 from coserve.server.engine.adapter_loader import AdapterLoader
+from coserve.server.engine.adapter_pages import pages_at_rank
 from coserve.server.engine.adapter_pool import AdapterPool, Weights
 from coserve.server.engine.containment import attempt
 from coserve.server.engine.pins import Pins
@@ -194,7 +196,20 @@ def too_large(weights: Weights, pool: AdapterPool) -> str | None:
     pages = pool.pages_wanted(weights)
     if pages <= pool.num_pages:
         return None
+    rank = _largest_rank(weights, pool)
+    smaller = f"use rank {rank}, the largest that fits at the same modules" if rank else "no rank fits at these modules"
     return (
         f"the adapter needs {pages * pool.page_bytes} bytes of adapter memory and the server has "
-        f"{pool.num_pages * pool.page_bytes}; use a smaller rank, or start the server with a larger --adapter-memory"
+        f"{pool.num_pages * pool.page_bytes}; {smaller}, or start the server with a larger --adapter-memory"
     )
+
+
+def _largest_rank(weights: Weights, pool: AdapterPool) -> int:
+    """Of an adapter with one rank at all modules that this one, which is too large, has; 0 if none would fit."""
+    widths = [(pair.a.shape[1], pair.b.shape[1]) for pair in weights.values()]
+
+    def pages(rank: int) -> int:
+        return sum(pages_at_rank(rank, *both, pool.page_elements) for both in widths)
+
+    highest = max(pair.a.shape[0] for pair in weights.values())
+    return bisect_right(range(1, highest + 1), pool.num_pages, key=pages)

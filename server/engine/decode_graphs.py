@@ -27,6 +27,7 @@ from coserve.server.engine.model import BaseModel
 from coserve.server.engine.triton_backend import FixedTerms
 from coserve.server.training.fault import device_lost
 from coserve.server.training.peft.sites import Site
+from coserve.server.training.storages import storage_bytes
 
 log = logging.getLogger("coserve.engine")
 
@@ -73,6 +74,13 @@ class StaticDecode:
             self._table.numbers[: len(table.numbers)].copy_(table.numbers)
             self._source = table
 
+    def tensors(self) -> list[Tensor]:
+        """Its buffers on the device; the pool and the cache are others'."""
+        own = [*self._device, self._batch.starts, self._batch.counts, self._batch.decode]
+        if self._table is not None:
+            own += [self._table.numbers, self._table.index, self._table.columns, self._table.scaling]
+        return own
+
     @torch.no_grad()
     def run(self) -> tuple[Tensor, Tensor]:
         """Output of the last layer [rows, H] and logits [rows, V]."""
@@ -115,11 +123,20 @@ class DecodeGraphs:
         self._capture = capture or _Captured(model.device)
         self._passes: dict[DecodeShape, StaticDecode] = {}
         self._replays: dict[DecodeShape, Callable[[], tuple[Tensor, Tensor]] | None] = {}
+        self._held = 0, 0  # bytes, and at how many shapes they were counted
 
     @property
     def shapes(self) -> int:
         """How many were met so far, whether they could be captured or not."""
         return len(self._replays)
+
+    def held_bytes(self) -> int:
+        """On the device: the buffers of all shapes, and what their graphs keep for themselves."""
+        if self._held[1] != self.shapes:
+            buffers = (tensor for static in self._passes.values() for tensor in static.tensors())
+            graphs = self._capture.held_bytes() if isinstance(self._capture, _Captured) else 0
+            self._held = storage_bytes(buffers, self._model.device) + graphs, self.shapes
+        return self._held[0]
 
     def run(self, runs: Sequence[RowRun], ids: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Output of the last layer [rows, H] and logits [rows, V] of runs of one row each; None: not in this way.
@@ -196,6 +213,11 @@ class _Captured:
             return results
 
         return replay
+
+    def held_bytes(self) -> int:
+        """Of the memory that the graphs share: no other tensor can have it."""
+        segments = torch.cuda.memory_snapshot(self._memory)  # type: ignore[no-untyped-call]
+        return sum(int(segment["total_size"]) for segment in segments)
 
     def _warm_up(self, static: StaticDecode, here: torch.cuda.Stream) -> None:
         """Brings every kernel into being, then looks for waits: one inside a capture would cost the CUDA context.

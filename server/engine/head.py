@@ -65,6 +65,10 @@ class HeadBatch:
     def rows(self) -> int:
         return self.end - self.start
 
+    def tensors(self) -> list[Tensor | None]:
+        """What it keeps between two sub-steps."""
+        return [self._hidden, *self._logits, self._lse, self._best, self._chosen, self._gradient]
+
     def advance(self, model: BaseModel) -> None:
         """One sub-step."""
         count = len(model.head.slices)

@@ -7,7 +7,7 @@ rows of a layer call are: which adapter they use, what they attend to, what is k
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -108,6 +108,15 @@ class BaseModel:
     @property
     def layer_count(self) -> int:
         return len(self.layers)
+
+    def tensors(self) -> Iterator[Tensor | None]:
+        """All that is kept of the model, packed products too; some more than once, or as views of one another."""
+        for module in self.hf.modules():
+            yield from module.parameters(recurse=False)
+            yield from module.buffers(recurse=False)
+            yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+        for product in (*self._products, *self.head.products):
+            yield from product.tensors()
 
     def sites_of(self, layer: int) -> tuple[Site, ...]:
         return tuple(site for site in self.sites if site.layer == layer)

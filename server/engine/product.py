@@ -71,6 +71,10 @@ class FrozenProduct:
         """[..., Σ out] -> one view [..., out_i] a weight."""
         return (y,) if len(self.widths) == 1 else y.split(self.widths, -1)
 
+    def tensors(self) -> list[Tensor | None]:
+        """All that it keeps, packed or not."""
+        return [self._weight, self._packed, self._packed_transposed, self._bias]
+
     def _plain(self) -> Tensor:
         if self._weight is None:
             raise RuntimeError("the plain weight was given up for its packed forms")

@@ -13,11 +13,13 @@ import torch
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.policy import Scheduler
 from coserve.server.engine.adapter_loader import AdapterLoader
+from coserve.server.engine.adapter_pages import pages_at_rank
 from coserve.server.engine.adapter_pool import AdapterPool, Weights
 from coserve.server.engine.adapters import AdapterBook, too_large
 from coserve.server.engine.calibration import Calibration
 from coserve.server.engine.checking import FolderCheck
 from coserve.server.engine.cores import CoreSharing
+from coserve.server.engine.holdings import Holdings
 from coserve.server.engine.intake import Intake
 from coserve.server.engine.iterations import IterationLog
 from coserve.server.engine.kv_cache import KVCache, block_bytes
@@ -110,7 +112,8 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
     iterations = IterationLog(os.getpid())
     socket = EngineSocket(options.socket_path)
     checks = FolderCheck(options.data_dir, model.sites, loaded.digest, lambda weights: too_large(weights, pool))
-    fixed = {"coserve_slo_itl_seconds": itl, "coserve_slo_ttft_seconds": ttft}
+    holdings = Holdings(model, cache, pool, trainer, loader, graphs)
+    promises = {"coserve_slo_itl_seconds": itl, "coserve_slo_ttft_seconds": ttft}
 
     def ready() -> EngineReady:
         return EngineReady(
@@ -123,7 +126,7 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
         )  # fmt: skip
 
     intake = Intake(socket, ready, requests, adapters, trainer, checks, iterations, loaded.max_model_len, shares)
-    stats = StatsClock(socket, requests, trainer, pool, iterations, lambda: fixed, scheduler)
+    stats = StatsClock(socket, requests, trainer, pool, iterations, lambda: promises | holdings.gauges(), scheduler)
     runner = Runner(model, cache, requests, adapters, cores, graphs, options.plan_ahead)
     engine = Engine(
         socket, intake, requests, adapters, trainer, scheduler, runner, iterations, stats,
@@ -164,11 +167,17 @@ def _decode_graphs(loaded: LoadedModel, cache: KVCache, pool: AdapterPool) -> De
 
 
 def _pool(loaded: LoadedModel, options: EngineOptions) -> AdapterPool:
-    page_elements = options.adapter_page_rows * loaded.base.hidden_size
-    try:
-        return AdapterPool(options.adapter_bytes(), page_elements, loaded.base.dtype, loaded.base.device)
-    except ValueError as error:
-        raise ModelRefused(str(error)) from error
+    """Of one page, which holds no adapter, where none are wanted (--adapter-memory 0)."""
+    base, wanted = loaded.base, options.adapter_bytes()
+    page_elements = options.adapter_page_rows * base.hidden_size
+    page_bytes = page_elements * base.dtype.itemsize
+    pages = sum(pages_at_rank(1, site.in_features, site.out_features, page_elements) for site in base.sites)
+    if 0 < wanted < pages * page_bytes:
+        raise ModelRefused(
+            f"--adapter-memory {wanted} holds no adapter of this model: one of rank 1 at every linear layer takes "
+            f"{pages} pages of {page_bytes} bytes; give at least {pages * page_bytes}, or 0 to serve the model alone"
+        )
+    return AdapterPool(wanted or page_bytes, page_elements, base.dtype, base.device)
 
 
 def _promises(options: EngineOptions, decode_step: float) -> tuple[float, float]:

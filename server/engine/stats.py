@@ -27,11 +27,12 @@ class StatsClock:
 
     def __init__(
         self, socket: EngineSocket, requests: RequestBook, trainer: Trainer, pool: AdapterPool,
-        iterations: IterationLog, fixed: Callable[[], dict[str, float]], scheduler: Scheduler,
+        iterations: IterationLog, more: Callable[[], dict[str, float]], scheduler: Scheduler,
     ) -> None:  # fmt: skip
+        """`more`: gauges beside those that are told here."""
         self._scheduler = scheduler
         self._socket, self._requests, self._trainer = socket, requests, trainer
-        self._pool, self._iterations, self._fixed = pool, iterations, fixed
+        self._pool, self._iterations, self._more = pool, iterations, more
         self._sent = -_EVERY_SECONDS
         self._told = (0, 0)
 
@@ -55,6 +56,7 @@ class StatsClock:
 
     def _gauges(self) -> dict[str, float]:
         blocks, running = self._requests.blocks, self._requests.running
+        errors = self._scheduler.errors()
         return {
             "coserve_requests_running": running,
             "coserve_requests_waiting": len(self._requests) - running,
@@ -66,5 +68,8 @@ class StatsClock:
             "coserve_adapters_resident": len(self._pool.resident()),
             "coserve_jobs_running": len(self._trainer.job_ids),
             "coserve_training_sweeps": len(self._trainer.sweeps),
-            **self._fixed(),
+            "coserve_prediction_error_median": errors.median,
+            "coserve_prediction_over_share": errors.over,
+            "coserve_prediction_far_over_share": errors.far_over,
+            **self._more(),
         }

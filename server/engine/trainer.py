@@ -66,6 +66,11 @@ class Trainer:
         return tuple(self._jobs)
 
     @property
+    def jobs(self) -> Iterable[RunningJob]:
+        """To be read, not changed."""
+        return self._jobs.values()
+
+    @property
     def sweeps(self) -> Mapping[int, Sweep]:
         """What the runner works on."""
         return self._live.by_id

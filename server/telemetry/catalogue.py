@@ -27,6 +27,12 @@ ENGINE_GAUGES: dict[str, str] = {
     "coserve_adapters_resident": "Adapters in the pool",
     "coserve_jobs_running": "Finetuning jobs in the engine",
     "coserve_training_sweeps": "Packed streams of training sequences under way",
+    "coserve_device_bytes": "Bytes of the device by who holds them (weights, kv_cache, adapter_pool, activations, …)",
+    "coserve_adapter_cache_bytes": "Bytes of parsed adapters kept in the host's memory",
+    "coserve_allocator_bytes": "Bytes that CUDA's allocator has given out, and those that it has taken, by kind",
+    "coserve_prediction_error_median": "Median of |measured / predicted - 1| of the last 1,000 iterations",
+    "coserve_prediction_over_share": "Share of these that took longer than their upper estimate",
+    "coserve_prediction_far_over_share": "Share of these that took longer than it by more than 20%",
     "coserve_slo_itl_seconds": "The promise between two tokens",
     "coserve_slo_ttft_seconds": "The promise for the first token",
 }

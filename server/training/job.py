@@ -120,6 +120,11 @@ class TrainingJob:
     def trained_tokens(self) -> int:
         return self._progress.trained_tokens
 
+    @property
+    def held_bytes(self) -> int:
+        """On the device: of the masters and of the optimizer's state. May be asked while the job's side work runs."""
+        return self._optimizer.held_bytes
+
     def work_left(self, batch: Batch | None) -> WorkLeft:
         """What is still to run beyond `batch`, the one under way. May be asked while the job's side work runs."""
         step, evaluated = self.step, None

@@ -12,6 +12,7 @@ import torch
 
 from coserve.server.training.peft.lora import LoraPair, LoraWeights
 from coserve.server.training.spec import TrainingSpec
+from coserve.server.training.storages import storage_bytes
 
 STATE_PARTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -49,6 +50,7 @@ class AdamW:
             eps=spec.eps,
             weight_decay=spec.weight_decay,
         )
+        self.held_bytes = self._count()  # of parameters and state, on the parameters' device
 
     def load_gradients(self, grads: Mapping[str, LoraPair]) -> float:
         """Take one gradient for every parameter and clip them to the global norm; returns the norm before clipping.
@@ -74,7 +76,10 @@ class AdamW:
         """One update with the loaded gradients; returns whether all parameters are still finite."""
         for group in self._torch.param_groups:
             group["lr"] = learning_rate
+        first = not self._torch.state
         self._torch.step()
+        if first:
+            self.held_bytes = self._count()  # from here on it never changes
         self.drop_gradients()
         # one norm over all: one value comes back from the device, not one a parameter
         return math.isfinite(float(torch.nn.utils.get_total_norm(self._named.values())))
@@ -107,6 +112,11 @@ class AdamW:
                 "exp_avg": first.to(device=parameter.device, dtype=parameter.dtype, copy=True),
                 "exp_avg_sq": second.to(device=parameter.device, dtype=parameter.dtype, copy=True),
             }
+        self.held_bytes = self._count()
+
+    def _count(self) -> int:
+        parameters = list(self._named.values())
+        return storage_bytes([*parameters, *self.state_tensors().values()], parameters[0].device)
 
 
 def _named(params: LoraWeights) -> Iterator[tuple[str, torch.Tensor]]:

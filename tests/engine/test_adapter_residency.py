@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -11,9 +12,11 @@ from stepped_engine import SteppedEngine
 from tiny_models import save_tiny_model
 
 from coserve.server.wire.messages import (
+    AdapterChecked,
     AdapterDropped,
     AdapterRef,
     AdaptersPinned,
+    CheckAdapter,
     DropAdapter,
     Failed,
     PinAdapters,
@@ -202,3 +205,32 @@ def test_an_idle_engine_asks_again_soon_while_an_adapter_comes(tmp_path):
     engine.until(lambda: engine.requests.get("r") is None)
     engine.engine.step()
     assert not engine.adapters.moving
+
+
+def problem_of(engine: SteppedEngine, folder: str) -> str | None:
+    """What is said of an upload."""
+    engine.intake._handlers[CheckAdapter](CheckAdapter(1, folder))
+    engine.until(lambda: any(isinstance(m, AdapterChecked) for m in engine.socket.sent))
+    answer = next(m for m in engine.socket.sent if isinstance(m, AdapterChecked))
+    engine.socket.sent.remove(answer)
+    assert answer.param == (None if answer.error is None else "file")
+    return answer.error
+
+
+def test_an_adapter_larger_than_the_pool_is_refused_with_the_rank_that_would_fit(tmp_path):
+    save_adapter(tmp_path / "large", "llama", 64, seed=1)
+    engine = SteppedEngine(tmp_path, pool_bytes=300_000)
+    pool = engine.pool
+    widths = [width for site in engine.model.sites for width in (site.in_features, site.out_features)]
+    pages = sum(-(-64 * width // pool.page_elements) for width in widths)
+    told = problem_of(engine, "large")
+    assert f"needs {pages * pool.page_bytes} bytes" in told and f"has {pool.num_pages * pool.page_bytes};" in told
+    rank = int(re.search(r"use rank (\d+), the largest", told)[1])
+    for other, fits in ((rank, True), (rank + 1, False)):
+        save_adapter(tmp_path / f"r{other}", "llama", other, seed=1)
+        assert (problem_of(engine, f"r{other}") is None) == fits
+    engine.submit("r", prompt(5, 1), engine.ref("large"))
+    failed = outcome(engine, "r")
+    assert (failed.code, failed.message) == ("adapter_invalid", f"the adapter cannot be loaded: {told}")
+    none = SteppedEngine(tmp_path, pool_bytes=pool.page_bytes)
+    assert "no rank fits at these modules, or start" in problem_of(none, "large")

@@ -1,15 +1,19 @@
-"""What the settings say reaches the scheduler."""
+"""What the settings say reaches the scheduler; memory that holds nothing is refused with what would do."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from gradient_oracle import engine_model
 from tiny_models import save_tiny_model
 
 from coserve.scheduler import SchedulerConfig
 from coserve.server.config import resolve_settings, write_process_settings
+from coserve.server.engine.load import LoadedModel, ModelRefused
 from coserve.server.engine.options import EngineOptions
-from coserve.server.engine.start import build_engine
+from coserve.server.engine.start import _kv_cache, _pool, build_engine
 from coserve.server.wire.lifeline import Heartbeat
 
 
@@ -39,3 +43,35 @@ def test_the_floor_of_training_is_the_operators(tmp_path, environ, floor):
     with pytest.raises(Asked) as asked:
         build_engine(EngineOptions.read(path), Heartbeat(None), policy=policy)
     assert asked.value.args[0].floor_share == floor
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return LoadedModel(engine_model("llama", torch.float32), "d" * 64, "llama", 100)
+
+
+def refusal(loaded: LoadedModel, options: EngineOptions) -> str:
+    with pytest.raises(ModelRefused) as refused:
+        build_engine(options, Heartbeat(None), lambda _: loaded)
+    return str(refused.value)
+
+
+def test_memory_for_no_block_is_refused_with_what_a_context_takes(tmp_path, loaded):
+    block = 16 * 3 * 2 * 2 * 16 * 4  # tokens, layers, keys and values, heads, their size, float32
+    options = partial(EngineOptions, "base", tmp_path, str(tmp_path / "e.sock"), device="cpu")
+    told = refusal(loaded, options(kv_memory=block - 1))
+    assert f"--kv-memory {block - 1} holds no block" in told and f"takes {block} bytes" in told
+    assert told.endswith(f"give at least {7 * block} for one full context")
+    manager, _ = _kv_cache(loaded, options(kv_memory=7 * block))
+    assert manager.num_blocks * manager.block_size >= 100
+
+
+def test_memory_for_no_adapter_is_refused_with_what_the_smallest_takes(tmp_path, loaded):
+    page = 8 * 64 * 4  # rank rows, hidden size, float32
+    least = 3 * 7 * 2 * page  # A and B of rank 1 at every linear layer take a page each
+    options = partial(EngineOptions, "base", tmp_path, str(tmp_path / "e.sock"), device="cpu", kv_memory=2**20)
+    told = refusal(loaded, options(adapter_memory=least - 1))
+    assert f"--adapter-memory {least - 1} holds no adapter" in told and f"42 pages of {page} bytes" in told
+    assert f"give at least {least}, or 0" in told
+    assert _pool(loaded, options(adapter_memory=least)).num_pages == 42
+    assert _pool(loaded, options(adapter_memory=0)).num_pages == 1, "the model alone"

@@ -17,6 +17,7 @@ from coserve.server.engine.adapter_loader import AdapterLoader
 from coserve.server.engine.adapter_pool import AdapterPool
 from coserve.server.engine.adapters import AdapterBook, too_large
 from coserve.server.engine.checking import FolderCheck
+from coserve.server.engine.holdings import Holdings
 from coserve.server.engine.intake import Intake
 from coserve.server.engine.iterations import IterationLog
 from coserve.server.engine.kv_cache import KVCache
@@ -78,7 +79,10 @@ class SteppedEngine:
         )
         cache = KVCache(layer_shapes(model), blocks, 16, torch.float32, device, scratch=model.backend.captures)
         graphs = None if graphs_of is None else graphs_of(model, cache, self.pool)
-        stats = StatsClock(self.socket, self.requests, self.trainer, self.pool, iterations, dict, scheduler)
+        self.holdings = Holdings(model, cache, self.pool, self.trainer, loader, graphs)
+        stats = StatsClock(
+            self.socket, self.requests, self.trainer, self.pool, iterations, self.holdings.gauges, scheduler
+        )
         self.engine = Engine(
             self.socket, self.intake, self.requests, self.adapters, self.trainer, scheduler,
             Runner(model, cache, self.requests, self.adapters, graphs=graphs, ahead=ahead),

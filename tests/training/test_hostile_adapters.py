@@ -110,8 +110,8 @@ def shift(header, by):
         (lambda h: h[FIRST].update(shape=[True, 36]), "shape", FIRST),
         (lambda h: h[FIRST].update(shape=[2**61, 2**61, 0]), "bytes", FIRST),
         (lambda h: h[FIRST].update(shape=["3", 12]), "shape", FIRST),
-        (lambda h: h[FIRST].update(dtype="F8_E4M3"), "dtype", FIRST),
-        (lambda h: h[FIRST].update(dtype="I32"), "dtype", FIRST),
+        (lambda h: h[FIRST].update(dtype="F8_E4M3"), "F8_E4M3.*: F64, F32, F16, BF16", FIRST),
+        (lambda h: h[FIRST].update(dtype="I32"), "I32; weights are one of F64, F32, F16, BF16", FIRST),
         (lambda h: h[FIRST].update(extra=1), "exactly", FIRST),
         (lambda h: h.update({"evil": h.pop(FIRST)}), "not expected", "evil"),
         (lambda h: h.update({FIRST.replace("q_proj", "x_proj"): h.pop(FIRST)}), "not expected", None),
@@ -251,6 +251,14 @@ def test_config_fields_that_are_unsupported_malformed_or_dangerous(folder, field
     change_config(folder, **{field: value})
     error = refused(folder)
     assert error.param in (field, "target_modules"), error.message
+
+
+@pytest.mark.parametrize("rank", [0, 1025])
+def test_a_rank_outside_the_limits_is_told_them(folder, rank):
+    change_config(folder, r=rank)
+    assert f"r is {rank}; a rank is a whole number from 1 to 1024" in refused(folder).message
+    change_config(folder, r=1024)
+    assert "this base model and config need [1024, 12]" in refused(folder).message, "the limit itself is no problem"
 
 
 @pytest.mark.parametrize(

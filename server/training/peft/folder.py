@@ -173,7 +173,10 @@ def _read_checked(path: Path, expected: dict[str, tuple[int, ...]], base_digest:
             if entry is None:
                 raise AdapterError(f"tensor {name!r} is missing: its module is targeted", name)
             if entry.dtype not in _FLOATS:
-                raise AdapterError(f"tensor {name!r} has dtype {DTYPE_NAMES[entry.dtype]}; weights are floats", name)
+                floats = ", ".join(DTYPE_NAMES[dtype] for dtype in _FLOATS)
+                raise AdapterError(
+                    f"tensor {name!r} has dtype {DTYPE_NAMES[entry.dtype]}; weights are one of {floats}", name
+                )
             if entry.shape != shape:
                 raise AdapterError(
                     f"tensor {name!r} has shape {list(entry.shape)}; this base model and config need {list(shape)}",

@@ -1,0 +1,77 @@
+"""Who holds the device's memory: bytes of the storages behind the tensors of each part, as /metrics shows them.
+
+Model, cache and pool never change their size and are counted once, the rest anew at every report. Nothing here is an
+estimate, and nothing here allocates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from coserve.server.engine.adapter_loader import AdapterLoader
+from coserve.server.engine.adapter_pool import AdapterPool
+from coserve.server.engine.kv_cache import KVCache
+from coserve.server.engine.model import BaseModel
+from coserve.server.engine.sweep import Sweep
+from coserve.server.engine.trainer import Trainer
+from coserve.server.training.storages import storage_bytes
+
+if TYPE_CHECKING:
+    from coserve.server.engine.decode_graphs import DecodeGraphs  # it imports Triton
+
+
+class Holdings:
+    """Of one engine. Belongs to the loop."""
+
+    def __init__(
+        self, model: BaseModel, cache: KVCache, pool: AdapterPool, trainer: Trainer, loader: AdapterLoader,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:  # fmt: skip
+        self._device = model.device
+        self._trainer, self._loader, self._graphs = trainer, loader, graphs
+        self._fixed = {
+            "weights": self._bytes(model.tensors()),
+            "kv_cache": self._bytes([*cache.keys, *cache.values]),
+            "adapter_pool": self._bytes([pool.flat]),
+        }
+
+    def by_holder(self) -> dict[str, int]:
+        """Bytes on the device; no tensor belongs to two holders."""
+        sweeps, jobs = self._trainer.sweeps.values(), list(self._trainer.jobs)
+        steps = [job.step for job in jobs if job.step is not None]
+        held = {
+            **self._fixed,
+            "activations": self._bytes(tensor for sweep in sweeps for tensor in _stored(sweep)),
+            "gradients": self._bytes(tensor for step in steps for pair in step.grads.values() for tensor in pair),
+            "training_state": sum(job.job.held_bytes for job in jobs if job.job is not None),
+        }
+        if self._graphs is not None:
+            held["decode_graphs"] = self._graphs.held_bytes()
+        return held
+
+    def gauges(self) -> dict[str, float]:
+        """Series of /metrics; those of the allocator on CUDA only."""
+        gauges: dict[str, float] = {
+            f'coserve_device_bytes{{holder="{holder}"}}': size for holder, size in self.by_holder().items()
+        }
+        gauges["coserve_adapter_cache_bytes"] = self._loader.cached_bytes
+        if self._device.type == "cuda":
+            gauges['coserve_allocator_bytes{kind="allocated"}'] = torch.cuda.memory_allocated(self._device)
+            gauges['coserve_allocator_bytes{kind="reserved"}'] = torch.cuda.memory_reserved(self._device)
+        return gauges
+
+    def _bytes(self, tensors: Iterable[Tensor | None]) -> int:
+        return storage_bytes(tensors, self._device)
+
+
+def _stored(sweep: Sweep) -> Iterator[Tensor | None]:
+    """What a sweep keeps between its units."""
+    for layer in sweep.store:
+        yield from (layer.x, layer.k, layer.v, layer.out, layer.lse, *layer.products.values())
+    yield from (sweep.ids, sweep.positions, sweep.final, sweep.dy, sweep.dk, sweep.dv)
+    if sweep.head_batch is not None:
+        yield from sweep.head_batch.tensors()

@@ -21,6 +21,7 @@ from coserve.server.engine.load import LoadedModel
 from coserve.server.engine.options import EngineOptions
 from coserve.server.engine.start import build_engine
 from coserve.server.training.events import read_events
+from coserve.server.training.fault import OUT_OF_MEMORY
 from coserve.server.wire.codec import HEADER_BYTES, decode, encode, frame_length
 from coserve.server.wire.lifeline import Heartbeat
 from coserve.server.wire.messages import (
@@ -42,6 +43,12 @@ from coserve.server.wire.messages import (
 
 _IDLE_SECONDS = 0.0002  # between two looks of an engine that had nothing to run
 _LONGEST_SECONDS = 300.0  # nothing on the stand takes longer
+
+
+def failure(what: str, code: str, message: str) -> Exception:
+    """Of a request or a job; MemoryError where memory ran out."""
+    kind = MemoryError if code == OUT_OF_MEMORY else RuntimeError
+    return kind(f"{what} failed: {code}: {message}")
 
 
 class Stand:
@@ -130,7 +137,7 @@ class Stand:
         return ran
 
     def until(self, condition: Callable[[], bool], limit: float = _LONGEST_SECONDS) -> None:
-        """Turns the engine until the condition holds. Raises TimeoutError, and RuntimeError where a request failed."""
+        """Turns the engine until the condition holds. Raises TimeoutError, and `failure` of a request or a job."""
         deadline = time.monotonic() + limit
         while not condition():
             if time.monotonic() > deadline:
@@ -145,10 +152,10 @@ class Stand:
                 self.tokens[message.request_id] += len(message.token_ids)
                 self.texts.setdefault(message.request_id, []).extend(message.token_ids)
             elif isinstance(message, Failed):
-                raise RuntimeError(f"request {message.request_id} failed: {message.code}: {message.message}")
+                raise failure(f"request {message.request_id}", message.code, message.message)
             elif isinstance(message, JobEvent):
                 if message.record["kind"] == "failed":
-                    raise RuntimeError(f"job {message.job_id} failed: {message.record['message']}")
+                    raise failure(f"job {message.job_id}", message.record["data"]["code"], message.record["message"])
                 self.steps[message.job_id] += message.record["kind"] == "step"
             elif isinstance(message, Stats):
                 self.gauges = message.gauges

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -71,6 +72,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     aims: list[Aim] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.save()
@@ -98,7 +100,8 @@ class Table:
         aims = [{**asdict(aim), "met": aim.met} for aim in self.aims]
         self.results.put(
             self.name,
-            {"title": self.title, "machine": self.facts, "complete": complete, "columns": list(self.columns),
+            {"title": self.title, "machine": self.facts, "complete": complete,
+             "seconds": round(time.monotonic() - self.began, 1), "columns": list(self.columns),
              "rows": [list(row) for row in self.rows], "notes": self.notes, "aims": aims, **self.figures},
         )  # fmt: skip
 
@@ -114,6 +117,7 @@ def show(document: dict[str, Any]) -> None:
     notes = list(document["notes"])
     if aims:
         notes.append("\n".join(map(str, aims)))
+    notes.append(f"It took {document['seconds']:.0f} s.")
     if not document["complete"]:
         notes.append("The run was ended before this table was complete.")
     report = Report(document["title"], document["columns"], document["machine"], document["rows"], notes)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def test_every_table_is_printed_whole_with_its_aims(smoke: tuple[str, dict[str, 
     assert list(tables) == list(TABLES) and all(table["complete"] for table in tables.values())
     for table in tables.values():
         assert f"### {table['title']}" in output and "Toy size: these figures say" in output
+        assert 0 < table["seconds"] < 240 and f"It took {table['seconds']:.0f} s." in output
         assert {"date", "torch", "transformers", "peft", "triton", "commit"} <= set(table["machine"])
         for aim in table["aims"]:
             said = {True: "met", False: "missed", None: "not measured"}[aim["met"]]
@@ -153,6 +155,27 @@ def test_a_time_that_is_up_is_said_and_keeps_what_there_is(tmp_path: Path) -> No
     assert runs["exactness"]["ended"] == "cut short: the time was up"
     assert runs["adapters"]["ended"] == "not begun: the time was up"
     assert "| adapters | not begun: the time was up | – |" in done.stdout
+
+
+def test_tables_of_one_process_end_when_the_time_is_up(capsys: pytest.CaptureFixture[str]) -> None:
+    from gpu_tables.limited import limited
+    from gpu_tables.table import Results, Table
+
+    results = Results(None)
+
+    def run(name: str) -> None:
+        table = Table(name, f"The table {name}", ["a"], {"date": "today"}, results)
+        table.row(1)
+        if name == "long":
+            time.sleep(60)
+        table.finish()
+
+    assert limited(["short"], run, None, results) == 0
+    assert "It took 0 s." in capsys.readouterr().out
+    assert limited(["short", "long", "unrun", "other"], run, 0.002, results) == 1
+    output = capsys.readouterr().out
+    assert output.count("### The table long") == 1 and "| 1 |" in output and output.count("ended before") == 1
+    assert output.endswith("Not begun, because the time was up: unrun, other.\n")
 
 
 def test_rows_are_in_the_file_before_the_table_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Tables of a GPU: decode, adapters, training alone, co-serving, exactness; random weights, nothing is downloaded.
+"""Tables of a GPU: decode, adapters, training alone, co-serving, exactness, attention; random weights, no download.
 
     PYTHONPATH=src python benchmarks/gpu.py --table decode [--json FILE]
     PYTHONPATH=src python benchmarks/gpu.py --all --minutes 25 --json FILE
@@ -24,7 +24,7 @@ from pathlib import Path
 from harness import cores, environment
 
 TABLES = {"decode": "decode", "adapters": "adapters", "training": "training", "co-serving": "coserving",
-          "exactness": "exactness"}  # fmt: skip
+          "exactness": "exactness", "attention": "attention"}  # fmt: skip
 
 
 def main() -> None:

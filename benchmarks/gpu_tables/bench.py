@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from harness import machine, say
 
-from coserve.server.engine.backend import choose_backend
+from coserve.server.engine.backend import Backend, choose_backend
 from coserve.server.engine.load import LoadedModel
 from coserve.server.training.fault import is_out_of_memory
 from gpu_tables.ceilings import copy_rate, product_rate
@@ -54,6 +54,11 @@ class Bench:
         say(f"{self.geometry.name}, random weights")
         return loaded_model(self.geometry, self.dtype, self.device, kernels=self.kernels)
 
+    @property
+    def backend(self) -> Backend:
+        """As an engine would choose it; stateless."""
+        return choose_backend(self.kernels, self.dtype, self.device)
+
     @cached_property
     def copy_rate(self) -> float:
         return copy_rate(self.device, large=not self.smoke)
@@ -95,7 +100,7 @@ class Bench:
         return table
 
     def _facts(self) -> dict[str, str]:
-        more = {"kernels": choose_backend(self.kernels, self.dtype, self.device).name}
+        more = {"kernels": self.backend.name}
         if self.device.type == "cuda":
             properties = torch.cuda.get_device_properties(self.device)
             more["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"

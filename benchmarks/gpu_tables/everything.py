@@ -23,7 +23,7 @@ from gpu_tables.table import Results, show
 
 SCRIPT = Path(__file__).resolve().parents[1] / "gpu.py"
 ROOT = SCRIPT.parents[1]
-ORDER = ("exactness", "decode", "training", "co-serving", "adapters")
+ORDER = ("exactness", "decode", "training", "attention", "co-serving", "adapters")
 _MINUTES = 25.0
 _LEAST_SECONDS = 45.0  # with less than that a table is not begun
 _SKIPPED = "skipped: toy size"

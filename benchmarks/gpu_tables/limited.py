@@ -21,9 +21,8 @@ def limited(tables: Sequence[str], run: Callable[[str], None], minutes: float | 
 
     left = list(tables)
     handled = signal.signal(signal.SIGALRM, time_up)
+    timed = signal.setitimer(signal.ITIMER_REAL, 60 * (minutes or 0.0))
     try:
-        if minutes is not None:
-            signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
         while left:
             run(left[0])
             left.pop(0)
@@ -39,4 +38,5 @@ def limited(tables: Sequence[str], run: Callable[[str], None], minutes: float | 
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handled)
+        signal.setitimer(signal.ITIMER_REAL, *timed)
     return 0

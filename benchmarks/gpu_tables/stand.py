@@ -21,7 +21,7 @@ from coserve.server.engine.load import LoadedModel
 from coserve.server.engine.options import EngineOptions
 from coserve.server.engine.start import build_engine
 from coserve.server.training.events import read_events
-from coserve.server.training.fault import OUT_OF_MEMORY
+from coserve.server.training.fault import OUT_OF_MEMORY, is_out_of_memory
 from coserve.server.wire.codec import HEADER_BYTES, decode, encode, frame_length
 from coserve.server.wire.lifeline import Heartbeat
 from coserve.server.wire.messages import (
@@ -81,11 +81,12 @@ class Stand:
     def __enter__(self) -> Stand:
         return self
 
-    def __exit__(self, failure: object, *_: object) -> None:
-        self.close(drain=failure is None)
+    def __exit__(self, kind: object, failure: BaseException | None, trace: object) -> None:
+        self.close(drain=failure is None or is_out_of_memory(failure))
 
     def close(self, *, drain: bool = True) -> None:
-        """The model stays, everything else of the engine goes. An engine that has failed is not drained."""
+        """The model stays, everything else of the engine goes. An engine that has failed is not drained; one whose
+        memory ran out has not failed, and its threads would keep what it held."""
         if drain:
             self.connect()
             self.send(Drain(0.0))

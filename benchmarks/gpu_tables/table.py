@@ -61,7 +61,7 @@ class Results:
 
 @dataclass
 class Table:
-    """One table of a run."""
+    """One table of a run; it is timed from here on."""
 
     name: str
     title: str

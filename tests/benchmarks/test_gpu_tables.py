@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-TABLES = ("decode", "adapters", "training", "co-serving", "exactness")
+TABLES = ("decode", "adapters", "training", "co-serving", "exactness", "attention")
 # What a machine with a GPU may lack; for every process of the run, as if it were not installed.
 WITHOUT = """
 import importlib.machinery, sys
@@ -145,6 +145,20 @@ def test_gradients_and_tokens_are_exact(smoke: tuple[str, dict[str, Any]]) -> No
         assert errors["float32", what] <= 1e-4
     # Nothing but rounding in bfloat16: the same as any program's.
     assert 1e-3 < errors["bfloat16", "gradients, save"] < 1.5 * errors["bfloat16", "gradients, PEFT in this dtype"]
+
+
+def test_attention_is_the_same_as_torchs_own(smoke: tuple[str, dict[str, Any]]) -> None:
+    output, tables = smoke
+    table = tables["attention"]
+    assert [row[:2] for row in table["rows"]] == [
+        [rows, what] for rows in ("two of 24", "8 after 16, 20") for what in ("forward", "forward and backward")
+    ] + [["3 of 40", "decode"]]
+    for row in table["rows"][:4]:
+        assert float(row[8]) < 1e-5 and row[7] == pytest.approx(row[6] / row[2])
+    # A row sees the prefix, itself and what is between: 8 rows 16 and 1 to 8 keys, 20 rows 1 to 20.
+    flop = 2 * 2 * 4 * 16 * (8 * 16 + 36 + 210)
+    assert table["rows"][2][3] == pytest.approx(flop / table["rows"][2][2] / 1e9)
+    assert "8 after 16, 20: torch ran scaled_dot_product_attention" in output
 
 
 def test_a_time_that_is_up_is_said_and_keeps_what_there_is(tmp_path: Path) -> None:

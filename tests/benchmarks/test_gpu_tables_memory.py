@@ -123,6 +123,8 @@ def test_another_job_follows_one_that_ran_out_beside_requests() -> None:
     ) as stand:  # fmt: skip
         course = Course(stand, switches[-1], bench, size)
         backend.no_training = True
+        with pytest.raises(MemoryError):
+            stand.until(lambda: False)
         with pytest.raises(MemoryError, match="beside-1 failed: out_of_memory"):
             course.training_alone()
         backend.no_training = False

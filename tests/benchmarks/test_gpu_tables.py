@@ -143,6 +143,10 @@ def test_gradients_and_tokens_are_exact(smoke: tuple[str, dict[str, Any]]) -> No
     errors = {(dtype, what): float(error) for dtype, what, error, _ in table["rows"]}
     for what in ("gradients, save", "gradients, recompute", "greedy tokens, base", "greedy tokens, adapter"):
         assert errors["float32", what] <= 1e-4
+    aims = {aim["what"]: (aim["bound"], aim["met"]) for aim in table["aims"]}
+    for what in ("gradients, save", "gradients, recompute", "greedy tokens, base", "greedy tokens, adapter"):
+        assert aims[f"float32, {what}"] == (1e-4, True) and aims[f"bfloat16, {what}"][0] == 1e-2
+    assert aims["bfloat16, greedy tokens, base"][1] and aims["bfloat16, greedy tokens, adapter"][1]
     # Nothing but rounding in bfloat16: the same as any program's.
     assert 1e-3 < errors["bfloat16", "gradients, save"] < 1.5 * errors["bfloat16", "gradients, PEFT in this dtype"]
 

@@ -64,7 +64,7 @@ def test_every_table_is_printed_whole_with_its_aims(smoke: tuple[str, dict[str, 
     assert list(tables) == list(TABLES) and all(table["complete"] for table in tables.values())
     for table in tables.values():
         assert f"### {table['title']}" in output and "Toy size: these figures say" in output
-        assert 0 < table["seconds"] < 240 and f"It took {table['seconds']:.0f} s." in output
+        assert 0 <= table["seconds"] < 240 and f"It took {table['seconds']:.0f} s." in output
         assert {"date", "torch", "transformers", "peft", "triton", "commit"} <= set(table["machine"])
         for aim in table["aims"]:
             said = {True: "met", False: "missed", None: "not measured"}[aim["met"]]

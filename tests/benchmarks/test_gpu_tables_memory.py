@@ -86,10 +86,21 @@ def test_engines_without_memory_are_rows_and_the_peers_are_measured(
     assert "- save ÷ PEFT, length 32: out of memory, aim ≥ 1.3: missed" in output
 
 
-def test_an_engine_serves_on_after_a_row_without_memory() -> None:
+def test_an_engine_serves_and_trains_on_after_what_ran_out() -> None:
+    from gpu_tables.coserving import ALONE, OURS, TOY, Course, Switch, _aims
+
     bench, backend = scarce_bench()
-    table = bench.table("decode", "A table", ["batch", "step ms", "floor ms"])
-    with bench.stand(kv_memory=1 << 20, adapter_memory=1 << 20, max_model_len=64, slo_itl_ms=1000.0) as stand:
+    table = bench.table("co-serving", "A table", ["batch", "step ms", "floor ms"])
+    switches: list[Switch] = []
+
+    def policy(config: Any) -> Switch:
+        switches.append(Switch(config))
+        return switches[-1]
+
+    with bench.stand(
+        policy=policy, slo_itl_ms=1000.0, slo_ttft_ms=1000.0, kv_memory=4 << 20, adapter_memory=4 << 20,
+        max_model_len=128,
+    ) as stand:  # fmt: skip
 
         def decode() -> bool:
             requests = stand.generate(stand.prompts(2, 8), 3)
@@ -103,35 +114,18 @@ def test_an_engine_serves_on_after_a_row_without_memory() -> None:
         assert bench.attempt(table, "batch 2", decode, stand)
         with pytest.raises(ZeroDivisionError):  # what is no lack of memory is a fault of the benchmark
             bench.attempt(table, "batch 2", lambda: 1 / 0)
-    assert table.rows == [(2, "out of memory", None)] and len(table.notes) == 2
+        assert table.rows == [(2, "out of memory", None)] and len(table.notes) == 2
 
-
-def test_another_job_follows_one_that_ran_out_beside_requests() -> None:
-    from gpu_tables.coserving import ALONE, OURS, TOY, Course, Switch, _aims
-
-    bench, backend = scarce_bench()
-    size = replace(TOY, warm=0.1, seconds=0.2)
-    switches: list[Switch] = []
-
-    def policy(config: Any) -> Switch:
-        switches.append(Switch(config))
-        return switches[-1]
-
-    with bench.stand(
-        policy=policy, slo_itl_ms=1000.0, slo_ttft_ms=1000.0, kv_memory=4 << 20, adapter_memory=4 << 20,
-        max_model_len=128,
-    ) as stand:  # fmt: skip
-        course = Course(stand, switches[-1], bench, size)
+        course = Course(stand, switches[-1], bench, replace(TOY, warm=0.0, seconds=0.05))
         backend.no_training = True
         with pytest.raises(MemoryError):
             stand.until(lambda: False)
         with pytest.raises(MemoryError, match="beside-1 failed: out_of_memory"):
             course.training_alone()
         backend.no_training = False
-        assert course.serve(ALONE, 16.0, 0.2)["training"] == 0.0
+        assert course.serve(ALONE, 16.0, 0.1)["training"] == 0.0
         assert stand.events("beside-2", "step")
         course.end()
-    table = bench.table("co-serving", "A table", ["share of q"])
-    _aims(size, table, 0.5, {OURS: {"attainment": 1.0, "gain": 1.3}})
-    _aims(size, table, 0.9, {ALONE: {"attainment": 1.0, "gain": 0.9}})
+    _aims(TOY, table, 0.5, {OURS: {"attainment": 1.0, "gain": 1.3}})
+    _aims(TOY, table, 0.9, {ALONE: {"attainment": 1.0, "gain": 0.9}})
     assert [aim.met for aim in table.aims] == [True, True, False, False, False]

@@ -1,4 +1,4 @@
-"""Tables of a GPU: decode, adapters, training alone, co-serving, exactness; random weights, nothing is downloaded.
+"""Tables of a GPU: decode, adapters, training alone, co-serving, exactness, attention; random weights, no download.
 
     PYTHONPATH=src python benchmarks/gpu.py --table decode [--json FILE]
     PYTHONPATH=src python benchmarks/gpu.py --all --minutes 25 --json FILE
@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import sys
 import warnings
 from pathlib import Path
 
 from harness import cores, environment
 
 TABLES = {"decode": "decode", "adapters": "adapters", "training": "training", "co-serving": "coserving",
-          "exactness": "exactness"}  # fmt: skip
+          "exactness": "exactness", "attention": "attention"}  # fmt: skip
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--device", help="[cuda, with --smoke cpu where there is none]")
     parser.add_argument("--kernels", default="auto", help="the engine's setting of that name [auto]")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads [all cores]")
-    parser.add_argument("--minutes", type=float, default=25.0, help="with --all: what there is of time")
+    parser.add_argument("--minutes", type=float, help="what there is of time [with --all 25, else no limit]")
     arguments = parser.parse_args()
     # OpenMP reads its settings when torch is loaded.
     os.environ.update(environment(arguments.threads))
@@ -54,12 +55,16 @@ def main() -> None:
         raise SystemExit("there is no CUDA device here; --smoke runs the tables at toy size on a CPU")
 
     from gpu_tables.bench import Bench
+    from gpu_tables.limited import limited
     from gpu_tables.table import Results
 
     torch.set_num_threads(arguments.threads)
     bench = Bench(torch.device(name), arguments.smoke, arguments.threads, Results(arguments.json), arguments.kernels)
-    for table in arguments.table:
+
+    def run(table: str) -> None:
         importlib.import_module(f"gpu_tables.{TABLES[table]}").run(bench)
+
+    sys.exit(limited(arguments.table, run, arguments.minutes, bench.results))
 
 
 if __name__ == "__main__":

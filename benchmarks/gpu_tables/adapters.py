@@ -13,6 +13,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from harness import ratio, say
@@ -107,24 +108,45 @@ def run(bench: Bench) -> None:
          "MiB reserved", "prefill ms", "prefill ÷ off"],
     )  # fmt: skip
     first = _off(bench, size, table, "0, off", None)
-    one: dict[tuple[int, ...], float] = {}
+    left = rows(size.counts)
+    steps: dict[Row, float] = {}
+    bench.attempt(table, "with adapters", partial(_resident, bench, size, table, first, left, steps))
+    for row in left:  # the engine itself did not start, or did not go on
+        _lack(table, row, most=max(size.counts))
+    last = _off(bench, size, table, "0, off again", first)
+    unused = next((seconds for row, seconds in steps.items() if not row.adapters), None)
+    off = (first.step + last.step) / 2 if first and last else None
+    table.aim("LoRA on but unused ÷ off, the mean of its two rows", ratio(unused, off), 1.01,
+              ran_out=unused is None or off is None)  # fmt: skip
+    table.finish()
+
+
+def _resident(
+    bench: Bench, size: Size, table: Table, off: Found | None, left: list[Row], steps: dict[Row, float]
+) -> None:
+    """The rows of an engine that has adapters: each leaves `left`, and puts its seconds a step into `steps`."""
     with bench.stand(adapter_memory=size.adapter_memory, **_options(bench, size)) as stand:
         versions = Versions(stand)
         versions.bring(max(size.counts))
-        for row in rows(size.counts):
-            chosen = versions.choose(row, size.batch)
-            found = _measure(stand, bench, size, chosen)
-            if row.spread == "identical":
-                one[row.ranks] = found.step
-            over_one = ratio(found.step, one.get(row.ranks)) if row.adapters > 1 else None
-            _show(table, row.name, row.spread, found, first, over_one)
-            _aims(table, row, found, first, over_one, most=max(size.counts))
-            if not row.adapters:
-                unused = found
+        while left:
+            row = left[0]
+            measure = partial(_measure, stand, bench, size, versions.choose(row, size.batch))
+            found = bench.attempt(table, f"{row.name}, {row.spread}", measure, stand)
+            left.pop(0)
+            if found is None:
+                _lack(table, row, most=max(size.counts))
+                continue
+            steps[row] = found.step
+            one = next((s for r, s in steps.items() if r.spread == "identical" and r.ranks == row.ranks), None)
+            over_one = ratio(found.step, one) if row.adapters > 1 else None
+            _show(table, row.name, row.spread, found, off, over_one)
+            _aims(table, row, found, off, over_one, most=max(size.counts))
         _both_families(stand, bench, size, table, versions)
-    last = _off(bench, size, table, "0, off again", first)
-    table.aim("LoRA on but unused ÷ off, the mean of its two rows", 2 * unused.step / (first.step + last.step), 1.01)
-    table.finish()
+
+
+def _lack(table: Table, row: Row, most: int) -> None:
+    table.lack(row.name, row.spread)
+    _aims(table, row, None, None, None, most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,16 +182,29 @@ def _both_families(stand: Stand, bench: Bench, size: Size, table: Table, version
             all_rows = FamilyLimits(rows=batch, rows_float32=batch, rows_an_adapter=batch)
             for family, limits in ((Family.GROUPED, None), (Family.PER_ROW, all_rows)):
                 base.backend = TritonBackend(limits)
-                found = _measure(stand, bench, replace(size, batch=batch), chosen)
-                _show(table, f"batch {batch}, {family.value}", "evenly", found, None, None)
+                name = f"batch {batch}, {family.value}"
+                found = bench.attempt(
+                    table, name, partial(_measure, stand, bench, replace(size, batch=batch), chosen), stand
+                )
+                if found is None:
+                    table.lack(name, "evenly")
+                else:
+                    _show(table, name, "evenly", found, None, None)
     base.backend = chooses
 
 
-def _off(bench: Bench, size: Size, table: Table, name: str, first: Found | None) -> Found:
+def _off(bench: Bench, size: Size, table: Table, name: str, first: Found | None) -> Found | None:
     """A row without adapters, from an engine that has no memory for any."""
-    with bench.stand(adapter_memory=0, **_options(bench, size)) as stand:
-        found = _measure(stand, bench, size, ())
-    _show(table, name, "base", found, first or found, None)
+
+    def measure() -> Found:
+        with bench.stand(adapter_memory=0, **_options(bench, size)) as stand:
+            return _measure(stand, bench, size, ())
+
+    found = bench.attempt(table, name, measure)
+    if found is None:
+        table.lack(name, "base")
+    else:
+        _show(table, name, "base", found, first or found, None)
     return found
 
 
@@ -191,14 +226,18 @@ def _show(table: Table, name: str, spread: str, found: Found, off: Found | None,
     )  # fmt: skip
 
 
-def _aims(table: Table, row: Row, found: Found, off: Found, over_one: float | None, most: int) -> None:
-    label = f"{row.name}, {row.spread}"
+def _aims(
+    table: Table, row: Row, found: Found | None, off: Found | None, over_one: float | None, most: int
+) -> None:  # fmt: skip
+    """Of a row, None: for which memory ran out."""
+    label, ran_out = f"{row.name}, {row.spread}", found is None
+    step, prefill = (found.step / off.step, found.prefill / off.prefill) if found and off else (None, None)
     if row.adapters == 1:
-        table.aim(f"{label} ÷ off", found.step / off.step, 1.10)
+        table.aim(f"{label} ÷ off", step, 1.10, ran_out=ran_out)
     elif row.adapters == most:
-        table.aim(f"{label} ÷ 1 adapter", over_one, 1.05)
+        table.aim(f"{label} ÷ 1 adapter", over_one, 1.05, ran_out=ran_out)
     if row.adapters in (1, most):
-        table.aim(f"prefill, {label} ÷ off", found.prefill / off.prefill, 1.15)
+        table.aim(f"prefill, {label} ÷ off", prefill, 1.15, ran_out=ran_out)
 
 
 def _prefill(stand: Stand, bench: Bench, size: Size, adapters: Sequence[AdapterRef | None]) -> float:

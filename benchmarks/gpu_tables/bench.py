@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from harness import machine, say
 
-from coserve.server.engine.backend import choose_backend
+from coserve.server.engine.backend import Backend, choose_backend
 from coserve.server.engine.load import LoadedModel
+from coserve.server.training.fault import is_out_of_memory
 from gpu_tables.ceilings import copy_rate, product_rate
 from gpu_tables.clock import Clock, Memory
 from gpu_tables.geometry import LLAMA_8B, TOY, Geometry, loaded_model
 from gpu_tables.stand import Stand
-from gpu_tables.table import Results, Table
+from gpu_tables.table import OUT_OF_MEMORY, Results, Table
+
+Measured = TypeVar("Measured")
 
 
 @dataclass
@@ -50,6 +54,11 @@ class Bench:
         say(f"{self.geometry.name}, random weights")
         return loaded_model(self.geometry, self.dtype, self.device, kernels=self.kernels)
 
+    @property
+    def backend(self) -> Backend:
+        """As an engine would choose it; stateless."""
+        return choose_backend(self.kernels, self.dtype, self.device)
+
     @cached_property
     def copy_rate(self) -> float:
         return copy_rate(self.device, large=not self.smoke)
@@ -64,6 +73,25 @@ class Bench:
         say("an engine on the stand")
         return Stand(model or self.model, kernels=self.kernels, **options)
 
+    def attempt(
+        self, table: Table, what: str, measure: Callable[[], Measured], stand: Stand | None = None
+    ) -> Measured | None:
+        """What `measure` returns. None where memory ran out: the table says so in a note and goes on, and all requests
+        of the `stand` are dropped."""
+        try:
+            return measure()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            words = " ".join(str(error).split())[:200]
+        # Only now is the exception gone, and with it the frames that held tensors.
+        say(f"{what}: {OUT_OF_MEMORY}")
+        table.notes.append(f"{what}: {OUT_OF_MEMORY}: {words}")
+        if stand is not None:
+            stand.connect()
+        self.memory.release()
+        return None
+
     def table(self, name: str, title: str, columns: list[str]) -> Table:
         shape = f"{self.geometry.name}, {str(self.dtype).removeprefix('torch.')}"
         table = Table(name, f"{title} ({shape})", columns, self._facts(), self.results)
@@ -72,7 +100,7 @@ class Bench:
         return table
 
     def _facts(self) -> dict[str, str]:
-        more = {"kernels": choose_backend(self.kernels, self.dtype, self.device).name}
+        more = {"kernels": self.backend.name}
         if self.device.type == "cuda":
             properties = torch.cuda.get_device_properties(self.device)
             more["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"

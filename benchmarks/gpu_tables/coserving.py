@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.simulation.policies import policies
 from gpu_tables.bench import Bench
 from gpu_tables.orders import write_job
-from gpu_tables.stand import Stand
+from gpu_tables.stand import Stand, failure
 from gpu_tables.table import Table
 
 LOAD = Path(__file__).resolve().parent / "load.py"
@@ -82,16 +83,31 @@ class Switch:
 
 
 class Course:
-    """The engine with its job, on which every rule has its turns."""
+    """The engine with its job, on which every rule has its turns. What runs out of memory there raises MemoryError,
+    and a job that did is followed by another one."""
 
     def __init__(self, stand: Stand, switch: Switch, bench: Bench, size: Size) -> None:
         self._stand, self._switch, self._bench, self._size = stand, switch, bench, size
-        self._turns = 0
-        rows = torch.randint(3, bench.geometry.vocabulary, (64, size.length)).numpy()
-        write_job(stand.data_dir, "beside", stand.model.digest, rows, rank=RANK, batch=2)
-        switch.current = OURS
-        stand.start_job("beside")
-        stand.until(lambda: stand.steps["beside"] >= 2)
+        self._turns = self._jobs = 0
+        self._start_job()
+
+    @property
+    def _job(self) -> str:
+        return f"beside-{self._jobs}"
+
+    def _start_job(self) -> None:
+        stand, size = self._stand, self._size
+        self._jobs += 1
+        rows = torch.randint(3, self._bench.geometry.vocabulary, (64, size.length)).numpy()
+        write_job(stand.data_dir, self._job, stand.model.digest, rows, rank=RANK, batch=2)
+        self._switch.current = OURS
+        stand.start_job(self._job)
+        stand.until(lambda: stand.steps[self._job] >= 2)
+
+    def end(self) -> None:
+        self._stand.connect()
+        if not self._stand.events(self._job, "failed"):
+            self._stand.cancel_job(self._job)
 
     def training_alone(self) -> float:
         """Tokens a second of the job with the engine to itself."""
@@ -102,6 +118,9 @@ class Course:
 
     def serve(self, rule: str, rate: float, seconds: float) -> dict[str, Any]:
         """What the load process says, and `training`: tokens a second in its window."""
+        if self._stand.events(self._job, "failed"):
+            self._stand.connect()
+            self._start_job()
         self._switch.current = rule
         self._turns += 1
         size = self._size
@@ -144,7 +163,9 @@ class Course:
 
     def _trained(self, opened: float, closed: float) -> float:
         """Tokens a second of the steps that were completed in between."""
-        steps = [e for e in self._stand.events("beside", "step") if opened <= e["created_at"] < closed]
+        for failed in self._stand.events(self._job, "failed"):
+            raise failure(f"job {self._job}", failed["data"]["code"], failed["message"])
+        steps = [e for e in self._stand.events(self._job, "step") if opened <= e["created_at"] < closed]
         return sum(e["data"]["tokens"] for e in steps) / (closed - opened)
 
 
@@ -158,6 +179,16 @@ def run(bench: Bench) -> None:
         ["share of q", "requests/s", "rule", "requests inside", "ITL P50 ms", "P99 ms", "TTFT P50 ms", "P99 ms ",
          "training tokens/s", "retention", "gain"],
     )  # fmt: skip
+    left = list(size.shares)
+    bench.attempt(table, "co-serving", partial(_shares, bench, size, table, left))
+    for share in left:  # the engine itself did not start, or did not go on
+        table.lack(share, None, OURS)
+        _aims(size, table, share, {})
+    table.finish()
+
+
+def _shares(bench: Bench, size: Size, table: Table, left: list[float]) -> None:
+    """Every share in turn; it leaves `left` when its rows are there."""
     switches: list[Switch] = []
 
     def policy(config: SchedulerConfig) -> Switch:
@@ -175,11 +206,10 @@ def run(bench: Bench) -> None:
         best = _best_rate(course, size, table)
         table.figure("best_rate_alone", best)
         table.row(0.0, 0.0, OURS, None, None, None, None, None, alone, 1.0, 1.0)
-        for share in size.shares:
-            _at_share(course, size, table, share, best, alone)
-        stand.connect()
-        stand.cancel_job("beside")
-    table.finish()
+        while left:
+            _at_share(bench, course, size, table, left[0], best, alone)
+            left.pop(0)
+        course.end()
 
 
 def _best_rate(course: Course, size: Size, table: Table) -> float:
@@ -208,25 +238,41 @@ def _best_rate(course: Course, size: Size, table: Table) -> float:
     return low or size.first_rate
 
 
-def _at_share(course: Course, size: Size, table: Table, share: float, best: float, alone: float) -> None:
+def _at_share(
+    bench: Bench, course: Course, size: Size, table: Table, share: float, best: float, alone: float
+) -> None:  # fmt: skip
     """All rules at one rate; a row each, and the aims of this rate."""
-    found = {rule: course.serve(rule, share * best, size.seconds) for rule in (ALONE, OURS, *size.rivals)}
-    gains = {}
-    for rule, figures in found.items():
-        retention = ratio(figures["training"], alone) or 0.0
-        gains[rule] = retention + share
-        attainment = figures["attainment"]
+    found: dict[str, dict[str, Any]] = {}  # without those that ran out of memory
+    for rule in (ALONE, OURS, *size.rivals):
+        figures = bench.attempt(table, f"{share:.0%}, {rule}", partial(course.serve, rule, share * best, size.seconds))
+        if figures is None:
+            table.lack(share, share * best, rule)
+            continue
+        figures["retention"] = ratio(figures["training"], alone) or 0.0
+        figures["gain"] = gain = figures["retention"] + share
+        found[rule], attainment = figures, figures["attainment"]
         milliseconds = [t and 1e3 * t for t in (*figures["itl"], *figures["ttft"])]
         inside = None if attainment is None else f"{100 * attainment:.1f}%"
-        table.row(share, figures["rate"], rule, inside, *milliseconds, figures["training"], retention, gains[rule])
-        say(f"{share:.0%}, {rule}: {inside} inside, gain {gains[rule]:.2f}")
+        table.row(
+            share, figures["rate"], rule, inside, *milliseconds, figures["training"], figures["retention"], gain
+        )  # fmt: skip
+        say(f"{share:.0%}, {rule}: {inside} inside, gain {gain:.2f}")
     table.figures.setdefault("shares", {})[f"{share:g}"] = found
-    if (found[ALONE]["attainment"] or 0.0) >= ATTAINMENT:
-        table.aim(f"attainment at {share:.0%}", found[OURS]["attainment"], ATTAINMENT, at_least=True)
-    table.aim(f"gain at {share:.0%}", gains[OURS], 1.2, at_least=True)
+    _aims(size, table, share, found)
+
+
+def _aims(size: Size, table: Table, share: float, found: dict[str, dict[str, Any]]) -> None:
+    def kept(rule: str) -> bool:
+        return rule in found and (found[rule]["attainment"] or 0.0) >= ATTAINMENT
+
+    ours = found.get(OURS)
+    if kept(ALONE):
+        attainment = ours and ours["attainment"]
+        table.aim(f"attainment at {share:.0%}", attainment, ATTAINMENT, at_least=True, ran_out=ours is None)
+    table.aim(f"gain at {share:.0%}", ours and ours["gain"], 1.2, at_least=True, ran_out=ours is None)
     # A rule that breaks the promises has not served that rate.
-    kept = [gains[rule] for rule in size.rivals if (found[rule]["attainment"] or 0.0) >= ATTAINMENT]
-    ahead = gains[OURS] - max(kept, default=0.0)
+    best = max((found[rule]["gain"] for rule in size.rivals if kept(rule)), default=0.0)
     table.aim(
-        f"gain above the best rule that takes turns and keeps its promises, at {share:.0%}", ahead, 0.0, at_least=True
-    )
+        f"gain above the best rule that takes turns and keeps its promises, at {share:.0%}",
+        ours and ours["gain"] - best, 0.0, at_least=True, ran_out=ours is None,
+    )  # fmt: skip

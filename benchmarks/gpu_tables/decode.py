@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from gpu_tables.bench import Bench
 from gpu_tables.breakdown import breakdown, in_words
 from gpu_tables.geometry import random_model
 from gpu_tables.stand import Stand
+from gpu_tables.table import OUT_OF_MEMORY, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +92,8 @@ def run(bench: Bench) -> None:
          "transformers ÷ coserve"],
     )  # fmt: skip
     table.figure("copy_bytes_per_second", bench.copy_rate)
-    ours: dict[int, Steps] = {}
-    with bench.stand(
-        kv_memory=size.kv_memory, adapter_memory=64 << 20, max_model_len=4 * size.context, slo_itl_ms=CALM_ITL_MS,
-        max_running=max(size.batches),
-    ) as stand:  # fmt: skip
-        for batch in size.batches:
-            ours[batch] = decode_steps(stand, bench, batch, size.context, size)
-            say(f"batch {batch}: {1e3 * ours[batch].seconds:.2f} ms")
-            if (parts := ours[batch].parts) is not None:
-                table.figures.setdefault("parts", {})[str(batch)] = parts
-                table.notes.append(in_words(f"A step at batch {batch}", parts, ours[batch].seconds))
-            table.figure("coserve_seconds", {str(b): found.seconds for b, found in ours.items()})
+    ours: dict[int, Steps] = {}  # without those batches for which memory ran out
+    bench.attempt(table, "coserve", lambda: _ours(bench, size, table, ours))
     bench.memory.release()
     say("transformers' continuous batching")
     theirs: dict[int, float | None] = {}
@@ -115,22 +107,45 @@ def run(bench: Bench) -> None:
         table.notes.append(f"transformers' continuous batching could not be measured: {error}")
     for batch in size.batches:
         theirs[batch] = _peer_seconds(peer, bench, batch, size, table.notes)
-        floor = floor_seconds(bench, batch, ours[batch].context)
+        own = ours.get(batch)
+        context, seconds = (own.context, own.seconds) if own else (size.context, None)
+        floor = floor_seconds(bench, batch, context)
         table.figures.setdefault("floor_seconds", {})[str(batch)] = floor
         table.figures.setdefault("transformers_seconds", {})[str(batch)] = theirs[batch]
-        own, other = ours[batch].seconds, theirs[batch]
+        other = theirs[batch]
         table.row(
-            batch, round(ours[batch].context), 1e3 * own, 1e3 * floor, own / floor, other and 1e3 * other,
-            ratio(other, floor), ratio(other, own),
+            batch, round(context), 1e3 * seconds if seconds else OUT_OF_MEMORY, 1e3 * floor, ratio(seconds, floor),
+            other and 1e3 * other, ratio(other, floor), ratio(other, seconds),
         )  # fmt: skip
     if peer is not None:
         peer.close()
     for batch in size.batches:
         floor = table.figures["floor_seconds"][str(batch)]
+        seconds, ran_out = (ours[batch].seconds, False) if batch in ours else (None, True)
         if batch <= 64:
-            table.aim(f"step ÷ floor, batch {batch}", ours[batch].seconds / floor, 1.35)
-        table.aim(f"transformers ÷ coserve, batch {batch}", ratio(theirs[batch], ours[batch].seconds), 2, at_least=True)
+            table.aim(f"step ÷ floor, batch {batch}", ratio(seconds, floor), 1.35, ran_out=ran_out)
+        over = ratio(theirs[batch], seconds)
+        table.aim(f"transformers ÷ coserve, batch {batch}", over, 2, at_least=True, ran_out=ran_out)
     table.finish()
+
+
+def _ours(bench: Bench, size: Size, table: Table, found: dict[int, Steps]) -> None:
+    """coserve's steps by batch into `found`."""
+    with bench.stand(
+        kv_memory=size.kv_memory, adapter_memory=64 << 20, max_model_len=4 * size.context, slo_itl_ms=CALM_ITL_MS,
+        max_running=max(size.batches),
+    ) as stand:  # fmt: skip
+        for batch in size.batches:
+            measure = partial(decode_steps, stand, bench, batch, size.context, size)
+            steps = bench.attempt(table, f"coserve, batch {batch}", measure, stand)
+            if steps is None:
+                continue
+            found[batch] = steps
+            say(f"batch {batch}: {1e3 * steps.seconds:.2f} ms")
+            if steps.parts is not None:
+                table.figures.setdefault("parts", {})[str(batch)] = steps.parts
+                table.notes.append(in_words(f"A step at batch {batch}", steps.parts, steps.seconds))
+            table.figure("coserve_seconds", {str(b): s.seconds for b, s in found.items()})
 
 
 def _peer_seconds(

@@ -21,6 +21,7 @@ from coserve.server.engine.load import LoadedModel
 from coserve.server.engine.options import EngineOptions
 from coserve.server.engine.start import build_engine
 from coserve.server.training.events import read_events
+from coserve.server.training.fault import OUT_OF_MEMORY, is_out_of_memory
 from coserve.server.wire.codec import HEADER_BYTES, decode, encode, frame_length
 from coserve.server.wire.lifeline import Heartbeat
 from coserve.server.wire.messages import (
@@ -42,6 +43,12 @@ from coserve.server.wire.messages import (
 
 _IDLE_SECONDS = 0.0002  # between two looks of an engine that had nothing to run
 _LONGEST_SECONDS = 300.0  # nothing on the stand takes longer
+
+
+def failure(what: str, code: str, message: str) -> Exception:
+    """Of a request or a job; MemoryError where memory ran out."""
+    kind = MemoryError if code == OUT_OF_MEMORY else RuntimeError
+    return kind(f"{what} failed: {code}: {message}")
 
 
 class Stand:
@@ -74,11 +81,12 @@ class Stand:
     def __enter__(self) -> Stand:
         return self
 
-    def __exit__(self, failure: object, *_: object) -> None:
-        self.close(drain=failure is None)
+    def __exit__(self, kind: object, failure: BaseException | None, trace: object) -> None:
+        self.close(drain=failure is None or is_out_of_memory(failure))
 
     def close(self, *, drain: bool = True) -> None:
-        """The model stays, everything else of the engine goes. An engine that has failed is not drained."""
+        """The model stays, everything else of the engine goes. An engine that has failed is not drained; one whose
+        memory ran out has not failed, and its threads would keep what it held."""
         if drain:
             self.connect()
             self.send(Drain(0.0))
@@ -130,7 +138,7 @@ class Stand:
         return ran
 
     def until(self, condition: Callable[[], bool], limit: float = _LONGEST_SECONDS) -> None:
-        """Turns the engine until the condition holds. Raises TimeoutError, and RuntimeError where a request failed."""
+        """Turns the engine until the condition holds. Raises TimeoutError, and `failure` of a request or a job."""
         deadline = time.monotonic() + limit
         while not condition():
             if time.monotonic() > deadline:
@@ -145,10 +153,10 @@ class Stand:
                 self.tokens[message.request_id] += len(message.token_ids)
                 self.texts.setdefault(message.request_id, []).extend(message.token_ids)
             elif isinstance(message, Failed):
-                raise RuntimeError(f"request {message.request_id} failed: {message.code}: {message.message}")
+                raise failure(f"request {message.request_id}", message.code, message.message)
             elif isinstance(message, JobEvent):
                 if message.record["kind"] == "failed":
-                    raise RuntimeError(f"job {message.job_id} failed: {message.record['message']}")
+                    raise failure(f"job {message.job_id}", message.record["data"]["code"], message.record["message"])
                 self.steps[message.job_id] += message.record["kind"] == "step"
             elif isinstance(message, Stats):
                 self.gauges = message.gauges

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from gpu_tables.breakdown import breakdown, in_words
 from gpu_tables.geometry import random_model
 from gpu_tables.orders import write_job
 from gpu_tables.stand import Stand
+from gpu_tables.table import OUT_OF_MEMORY
 
 RANK = 16
 FORWARDS = {"coserve, save": 1, "coserve, recompute": 2, "PEFT": 1, "PEFT, checkpointing": 2}
@@ -66,36 +68,44 @@ def run(bench: Bench) -> None:
     found: dict[int, dict[str, Found | None]] = {length: {} for length in size.lengths}
     for policy in ("save", "recompute"):
         for length in size.lengths:
-            found[length][f"coserve, {policy}"] = answer = _coserve(bench, size, length, policy)
-            say(f"coserve, {policy}, length {length}: {answer.rate:.0f} tokens/s")
-            table.figure(f"coserve, {policy}, {length}", asdict(answer))
+            name = f"coserve, {policy}"
+            measure = partial(_coserve, bench, size, length, policy)
+            found[length][name] = answer = bench.attempt(table, f"{name}, length {length}", measure)
+            if answer is None:
+                continue
+            say(f"{name}, length {length}: {answer.rate:.0f} tokens/s")
+            table.figure(f"{name}, {length}", asdict(answer))
             if answer.parts is not None:
                 said = in_words(f"A step under {policy}, length {length}", answer.parts, size.step_tokens / answer.rate)
                 table.notes.append(said)
     bench.memory.release()
-    loop = PeftLoop(random_model(bench.geometry, bench.dtype, bench.device), RANK, bench.clock, bench.memory)
+    loop = bench.attempt(table, "PEFT", partial(_peft_loop, bench))
     for length in size.lengths:
         for name, checkpointing in (("PEFT", False), ("PEFT, checkpointing", True)):
-            found[length][name] = _peft(loop, bench, size, length, name, checkpointing, table.notes)
+            measure = partial(_peft, loop, bench, size, length, name, checkpointing, table.notes)
+            found[length][name] = loop and bench.attempt(table, f"{name}, length {length}", measure)
         for name, forwards in FORWARDS.items():
             table.row(length, name, *_cells(bench, length, forwards, found[length][name], found[length]["PEFT"]))
-    table.notes.append(f"PEFT ran with torch's scaled dot product attention: {loop.attention}.")
+    if loop is not None:
+        table.notes.append(f"PEFT ran with torch's scaled dot product attention: {loop.attention}.")
     for length in size.lengths:
         save, least, plain = (found[length][n] for n in ("coserve, save", "coserve, recompute", "PEFT"))
         flop = bench.geometry.training_flop(length, RANK)
         table.aim(f"save, share of the ceiling, length {length}", save and save.rate * flop / bench.product_rate, 0.7,
-                  at_least=True)  # fmt: skip
-        table.aim(f"save ÷ PEFT, length {length}", save and plain and save.rate / plain.rate, 1.3, at_least=True)
+                  at_least=True, ran_out=save is None)  # fmt: skip
+        table.aim(f"save ÷ PEFT, length {length}", save and plain and save.rate / plain.rate, 1.3, at_least=True,
+                  ran_out=save is None)  # fmt: skip
         for part in ("stored", "peak"):
             ours, theirs = (getattr(f, part) if f else None for f in (least, plain))
-            table.aim(f"PEFT's {part} bytes ÷ recompute's, length {length}", ratio(theirs, ours), 8, at_least=True)
+            table.aim(f"PEFT's {part} bytes ÷ recompute's, length {length}", ratio(theirs, ours), 8, at_least=True,
+                      ran_out=least is None)  # fmt: skip
     table.finish()
 
 
-def _cells(bench: Bench, length: int, forwards: int, found: Found | None, plain: Found | None) -> list[float | None]:
+def _cells(bench: Bench, length: int, forwards: int, found: Found | None, plain: Found | None) -> list[object]:
     flop = bench.geometry.training_flop(length, RANK, forwards=forwards)
     if found is None:
-        return [None, None, flop / 1e9, None, None, None, None, None]
+        return [OUT_OF_MEMORY, None, flop / 1e9, None, None, None, None, None]
     theirs = plain or Found(0.0)
     return [
         found.rate, ratio(found.rate, theirs.rate), flop / 1e9, found.rate * flop / bench.product_rate,
@@ -143,16 +153,17 @@ def _one_step(stand: Stand) -> None:
     stand.until(lambda: stand.steps["alone"] > done or next(turns) > _MOST_TURNS)
 
 
+def _peft_loop(bench: Bench) -> PeftLoop:
+    return PeftLoop(random_model(bench.geometry, bench.dtype, bench.device), RANK, bench.clock, bench.memory)
+
+
 def _peft(
     loop: PeftLoop, bench: Bench, size: Size, length: int, name: str, checkpointing: bool, notes: list[str]
-) -> Found | None:
+) -> Found:
+    """Memory runs out where not even one row at a time fits."""
     batch = max(1, size.step_tokens // length)
     rows = torch.randint(3, bench.geometry.vocabulary, (batch, length), device=bench.device)
-    try:
-        measured = loop.measure(rows, size.steps, checkpointing=checkpointing)
-    except torch.OutOfMemoryError:
-        notes.append(f"{name}, length {length}: memory ran out, one row at a time too.")
-        return None
+    measured = loop.measure(rows, size.steps, checkpointing=checkpointing)
     say(f"{name}, length {length}: {batch * length / measured.seconds:.0f} tokens/s")
     notes.append(f"{name}, length {length}: micro-batches of {measured.rows} rows.")
     tokens = measured.rows * length

@@ -88,7 +88,19 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
 
     loader = AdapterLoader(read, options.adapter_cache_bytes())
     adapters = AdapterBook(pool, loader, options.data_dir)
+    try:
+        return _assemble(loaded, blocks, cache, pool, adapters, options, heartbeat, policy)
+    except BaseException:
+        adapters.close()  # its thread would keep the pool
+        raise
 
+
+def _assemble(
+    loaded: LoadedModel, blocks: BlockManager, cache: KVCache, pool: AdapterPool, adapters: AdapterBook,
+    options: EngineOptions, heartbeat: Heartbeat, policy: Policy,
+) -> tuple[Engine, Intake]:  # fmt: skip
+    """All that works on what was allocated."""
+    model = loaded.base
     most = SchedulerConfig()
     model.compile_products(most.max_chunk + options.running() + options.window(), max(LOGIT_ROWS, most.head_rows))
     calibrated = RequestBook(blocks, 1.0, 1.0)

@@ -10,13 +10,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-TABLES = ("decode", "adapters", "training", "co-serving", "exactness")
+TABLES = ("decode", "adapters", "training", "co-serving", "exactness", "attention")
 # What a machine with a GPU may lack; for every process of the run, as if it were not installed.
 WITHOUT = """
 import importlib.machinery, sys
@@ -63,6 +64,7 @@ def test_every_table_is_printed_whole_with_its_aims(smoke: tuple[str, dict[str, 
     assert list(tables) == list(TABLES) and all(table["complete"] for table in tables.values())
     for table in tables.values():
         assert f"### {table['title']}" in output and "Toy size: these figures say" in output
+        assert 0 <= table["seconds"] < 240 and f"It took {table['seconds']:.0f} s." in output
         assert {"date", "torch", "transformers", "peft", "triton", "commit"} <= set(table["machine"])
         for aim in table["aims"]:
             said = {True: "met", False: "missed", None: "not measured"}[aim["met"]]
@@ -141,8 +143,26 @@ def test_gradients_and_tokens_are_exact(smoke: tuple[str, dict[str, Any]]) -> No
     errors = {(dtype, what): float(error) for dtype, what, error, _ in table["rows"]}
     for what in ("gradients, save", "gradients, recompute", "greedy tokens, base", "greedy tokens, adapter"):
         assert errors["float32", what] <= 1e-4
+    aims = {aim["what"]: (aim["bound"], aim["met"]) for aim in table["aims"]}
+    for what in ("gradients, save", "gradients, recompute", "greedy tokens, base", "greedy tokens, adapter"):
+        assert aims[f"float32, {what}"] == (1e-4, True) and aims[f"bfloat16, {what}"][0] == 1e-2
+    assert aims["bfloat16, greedy tokens, base"][1] and aims["bfloat16, greedy tokens, adapter"][1]
     # Nothing but rounding in bfloat16: the same as any program's.
     assert 1e-3 < errors["bfloat16", "gradients, save"] < 1.5 * errors["bfloat16", "gradients, PEFT in this dtype"]
+
+
+def test_attention_is_the_same_as_torchs_own(smoke: tuple[str, dict[str, Any]]) -> None:
+    output, tables = smoke
+    table = tables["attention"]
+    assert [row[:2] for row in table["rows"]] == [
+        [rows, what] for rows in ("two of 24", "8 after 16, 20") for what in ("forward", "forward and backward")
+    ] + [["3 of 40", "decode"]]
+    for row in table["rows"][:4]:
+        assert float(row[8]) < 1e-5 and row[7] == pytest.approx(row[6] / row[2])
+    # A row sees the prefix, itself and what is between: 8 rows 16 and 1 to 8 keys, 20 rows 1 to 20.
+    flop = 2 * 2 * 4 * 16 * (8 * 16 + 36 + 210)
+    assert table["rows"][2][3] == pytest.approx(flop / table["rows"][2][2] / 1e9)
+    assert "8 after 16, 20: torch ran scaled_dot_product_attention" in output
 
 
 def test_a_time_that_is_up_is_said_and_keeps_what_there_is(tmp_path: Path) -> None:
@@ -153,6 +173,27 @@ def test_a_time_that_is_up_is_said_and_keeps_what_there_is(tmp_path: Path) -> No
     assert runs["exactness"]["ended"] == "cut short: the time was up"
     assert runs["adapters"]["ended"] == "not begun: the time was up"
     assert "| adapters | not begun: the time was up | – |" in done.stdout
+
+
+def test_tables_of_one_process_end_when_the_time_is_up(capsys: pytest.CaptureFixture[str]) -> None:
+    from gpu_tables.limited import limited
+    from gpu_tables.table import Results, Table
+
+    results = Results(None)
+
+    def run(name: str) -> None:
+        table = Table(name, f"The table {name}", ["a"], {"date": "today"}, results)
+        table.row(1)
+        if name == "long":
+            time.sleep(60)
+        table.finish()
+
+    assert limited(["short"], run, None, results) == 0
+    assert "It took 0 s." in capsys.readouterr().out
+    assert limited(["short", "long", "unrun", "other"], run, 0.002, results) == 1
+    output = capsys.readouterr().out
+    assert output.count("### The table long") == 1 and "| 1 |" in output and output.count("ended before") == 1
+    assert output.endswith("Not begun, because the time was up: unrun, other.\n")
 
 
 def test_rows_are_in_the_file_before_the_table_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

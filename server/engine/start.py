@@ -89,15 +89,15 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
     loader = AdapterLoader(read, options.adapter_cache_bytes())
     adapters = AdapterBook(pool, loader, options.data_dir)
     try:
-        return _assemble(loaded, blocks, cache, pool, adapters, options, heartbeat, policy)
+        return _assemble(loaded, blocks, cache, pool, loader, adapters, options, heartbeat, policy)
     except BaseException:
         adapters.close()  # its thread would keep the pool
         raise
 
 
 def _assemble(
-    loaded: LoadedModel, blocks: BlockManager, cache: KVCache, pool: AdapterPool, adapters: AdapterBook,
-    options: EngineOptions, heartbeat: Heartbeat, policy: Policy,
+    loaded: LoadedModel, blocks: BlockManager, cache: KVCache, pool: AdapterPool, loader: AdapterLoader,
+    adapters: AdapterBook, options: EngineOptions, heartbeat: Heartbeat, policy: Policy,
 ) -> tuple[Engine, Intake]:  # fmt: skip
     """All that works on what was allocated."""
     model = loaded.base

@@ -197,7 +197,7 @@ def _shares(bench: Bench, size: Size, table: Table, left: list[float]) -> None:
 
     with bench.stand(
         policy=policy, slo_itl_ms=1e3 * size.itl, slo_ttft_ms=1e3 * size.ttft, kv_memory=size.kv_memory,
-        adapter_memory=size.adapter_memory, max_model_len=4 * (size.prompt + size.new_tokens),
+        adapter_memory=size.adapter_memory, max_model_len=4 * (size.prompt + size.new_tokens), plan_ahead=False,
     ) as stand:  # fmt: skip
         course = Course(stand, switches[-1], bench, size)
         alone = course.training_alone()

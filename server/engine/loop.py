@@ -45,8 +45,6 @@ class Engine:
         self._scheduler, self._runner = scheduler, runner
         self._iterations, self._stats, self._beat = iterations, stats, beat
         self._outlook = Outlook(requests, adapters, trainer, shares, max_running, max_adapters)
-        # What plans in the scheduler's place in a benchmark may know nothing of drafts.
-        self._draft: Callable[[SchedulerState], Draft] | None = getattr(scheduler, "draft", None)
         self._ahead: Draft | None = None  # the next plan, if it was made while the last iteration ran
 
     def run(self) -> None:
@@ -94,8 +92,8 @@ class Engine:
 
     def _look_ahead(self, plan: Plan, state: SchedulerState, flight: Flight) -> None:
         """Make the next plan while the device works on this one; not where it is host and device in one."""
-        if self._runner.ahead and self._draft is not None:
-            self._ahead = self._draft(self._outlook.after(plan, state, flight.rows))
+        if self._runner.ahead:
+            self._ahead = self._scheduler.draft(self._outlook.after(plan, state, flight.rows))
 
     def _prepare(self, plan: Plan) -> None:
         """Carry out what the plan says of the books: preemptions, refusals, residency, admissions."""

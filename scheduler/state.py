@@ -38,6 +38,8 @@ class RequestState:
     blocks_shared: int = 0  # of blocks_held, those that other requests hold too: a preemption would not free them
     adapter_pages: int = 0  # of its adapter in the pool; 0: none, or not known yet
     adapter_kept_out: bool = False  # its adapter is read, and there will be room for it when others are not in use
+    most_output: int = 1 << 30  # output tokens after which it ends at the latest
+    deadline: float | None = None  # when it is to be ended, finished or not; None: never
 
     @property
     def decoding(self) -> bool:
@@ -86,6 +88,10 @@ class SweepState:
     backward: bool = True  # False for an evaluation sweep: done after the head
     backward_layer: int = -1  # current layer, layers-1 … 0; -1: all done
     backward_tokens: int = 0  # rows already done in the current layer
+    blocks: int = 0  # of the state's blocks: what its activations hold, or will hold once it is placed
+    lean_blocks: int = 0  # what they would hold under "recompute"; the same as `blocks` if they hold no more
+    placed: bool = True  # False: new, or parked on the host; it cannot run before a plan places it
+    unplaced_since: float | None = field(default=None, compare=False)
 
     @property
     def forward_done(self) -> bool:
@@ -104,6 +110,7 @@ class SchedulerState:
     max_running: int
     max_adapters: int  # how many distinct adapters the pool can hold at once (a lower bound)
     limits: Mapping[str, TenantLimit] = field(default_factory=dict)  # of tenants that have any
+    activation_blocks: int = 1 << 60  # the most blocks that placed sweeps may hold together
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +168,10 @@ class Plan:
     rides: tuple[Ride, ...] = ()
     units: tuple[Unit, ...] = ()
     preempt: tuple[str, ...] = ()  # requests that give all their blocks back before the forward
+    park: tuple[int, ...] = ()  # sweeps whose activations go to the host and give all their blocks back
+    lean: tuple[int, ...] = ()  # sweeps that keep no more than "recompute" does from here on, and give back the rest
+    place: tuple[int, ...] = ()  # sweeps that get their blocks, after all that are given back and before the forward
+    expired: tuple[str, ...] = ()  # requests past their deadline: to be ended
     unservable: tuple[str, ...] = ()  # need more blocks than there are in all: to be ended with an error
     adapters: tuple[str, ...] = ()  # at most max_adapters, most urgent first: load these, evict only others
     predicted_seconds: float = 0.0  # mean of the latency model

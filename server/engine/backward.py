@@ -48,28 +48,24 @@ class BackwardPass:
     """One (layer, window) unit: stream rows [start, end) through one layer with gradients on."""
 
     def __init__(self, sweep: Sweep, layer: int, start: int, end: int, backend: Backend) -> None:
-        store = sweep.store[layer]
-        if store.x is None or store.k is None or store.v is None:
-            raise RuntimeError(f"layer {layer} of the sweep has no store")
+        self._store = sweep.store
         self.sweep, self.layer, self.start, self.end = sweep, layer, start, end
         spans = sweep.spans(start, end)
         # Below layer 0 stand only frozen embeddings: no gradient is needed there.
-        self.x = store.x[start:end].detach().requires_grad_(layer > 0)
+        self.x = self._store.inputs(layer, start, end).detach().requires_grad_(layer > 0)
         # Only the window's first sequence can have begun before the window.
         self.prefix = slice(spans[0].first, start)
         self.before: tuple[Tensor, Tensor] | None = None  # leaves P_K, P_V
         self.k: Tensor | None = None  # [Hkv, T, D] the window's own keys
         self.v: Tensor | None = None
         self.adapters = backend.adapters(sweep.adapter_rows(start, end, gradients=True))
-        self._store = store
         lengths = [span.end - span.start for span in spans]
         self._spans = backend.span_rows(start - spans[0].first, lengths, sweep.dtype, sweep.device)
 
     # ------------------------------------------------------------------ what the layer's modules ask for
 
     def stored(self, site: Site) -> Tensor | None:
-        product = self._store.products.get(site.name)
-        return None if product is None else product[self.start : self.end]
+        return self._store.product(site, self.start, self.end)
 
     def keep(self, site: Site, product: Tensor) -> None:
         pass  # kept in the forward
@@ -77,11 +73,10 @@ class BackwardPass:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
         self.k, self.v = k, v
         if self.prefix.stop > self.prefix.start:
-            p_k, p_v = self._store.k[:, self.prefix], self._store.v[:, self.prefix]  # type: ignore[index]
+            rows = self.prefix.start, self.prefix.stop
+            p_k, p_v = self._store.keys(layer, *rows), self._store.values(layer, *rows)
             self.before = p_k.detach().requires_grad_(), p_v.detach().requires_grad_()
-        stored = None
-        if self._store.out is not None and self._store.lse is not None:
-            stored = (self._store.out[:, self.start : self.end], self._store.lse[:, self.start : self.end])
+        stored = self._store.attention(layer, self.start, self.end)
         return self._spans.differentiable(q, k, v, self.before, score, sinks, stored).transpose(0, 1)
 
     # ------------------------------------------------------------------ the vector-Jacobian product
@@ -92,7 +87,7 @@ class BackwardPass:
         if sweep.dy is None or self.k is None or self.v is None:
             raise RuntimeError("the head has not been run, or the layer has no attention")
         if sweep.dk is None or sweep.dv is None:
-            sweep.dk, sweep.dv = torch.zeros_like(self._store.k), torch.zeros_like(self._store.v)  # type: ignore[arg-type]
+            sweep.dk, sweep.dv = (t.new_zeros(t.shape[0], sweep.rows, t.shape[2]) for t in (self.k, self.v))
 
         outputs = [(y, sweep.dy[rows]), (self.k, sweep.dk[:, rows]), (self.v, sweep.dv[:, rows])]
         outputs = [(tensor, seed) for tensor, seed in outputs if tensor.requires_grad]

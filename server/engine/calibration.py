@@ -22,6 +22,7 @@ from coserve.scheduler.state import (
     Ride,
     SchedulerState,
 )
+from coserve.server.engine.activation_store import private_store
 from coserve.server.engine.head import head_steps
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.packing import sweep_state
@@ -109,6 +110,7 @@ class Calibration:
         for ride in (True, False):
             sweep = Sweep([TrainSequence(step, ids, ids)], layers=self._model.layer_count, dtype=self._model.dtype,
                           device=self._model.device, save=True)  # fmt: skip
+            sweep.place(private_store(self._model, rows, save=True))
             if ride:
                 self._run(Plan(rides=(Ride(0, rows),)), {0: sweep})
                 continue

@@ -87,20 +87,17 @@ class SweepPart:
         return self.sweep.adapter_rows(self.start, self.end, row=row)
 
     def keep_input(self, layer: int, x: Tensor) -> None:
-        self.sweep.keep_input(layer, self.start, x)
+        self.sweep.store.keep_input(layer, self.start, x)
 
     def keep_product(self, site: Site, product: Tensor) -> None:
-        self.sweep.keep_product(site.layer, site, self.start, product)
+        self.sweep.store.keep_product(site, self.start, product)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
-        self.sweep.keep_kv(layer, self.start, k, v)
-        store = self.sweep.store[layer]
-        if store.k is None or store.v is None:
-            raise RuntimeError("keys were not kept")
-        seen = slice(self._first_key, self.end)
-        out, lse = self._spans.forward(q, store.k[:, seen], store.v[:, seen], score, sinks)
+        store, seen = self.sweep.store, (self._first_key, self.end)
+        store.keep_kv(layer, self.start, k, v)
+        out, lse = self._spans.forward(q, store.keys(layer, *seen), store.values(layer, *seen), score, sinks)
         if self.keeps_products:
-            self.sweep.keep_attention(layer, self.start, out, lse)
+            store.keep_attention(layer, self.start, out, lse)
         return out.transpose(0, 1)
 
 
@@ -131,10 +128,7 @@ def run_sweep_layers(model: BaseModel, sweep: Sweep, rows: int, layers: int) -> 
         first = 0
     else:
         first = sweep.partial_layer
-        kept = sweep.store[first].x
-        if kept is None:
-            raise RuntimeError("the unfinished window's layer input is gone")
-        x, calls = kept[start:end][None], model.frame.calls(sweep.positions[start:end])
+        x, calls = sweep.store.inputs(first, start, end)[None], model.frame.calls(sweep.positions[start:end])
     last = min(first + layers, model.layer_count)
     for layer in range(first, last):
         x = model.run_layer(layer, x, calls[layer], packed)

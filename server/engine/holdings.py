@@ -33,19 +33,22 @@ class Holdings:
     ) -> None:  # fmt: skip
         self._device = model.device
         self._trainer, self._loader, self._graphs = trainer, loader, graphs
+        self._block_bytes = cache.block_bytes
         self._fixed = {
             "weights": self._bytes(model.tensors()),
-            "kv_cache": self._bytes([*cache.keys, *cache.values]),
+            "kv_cache": self._bytes(cache.cells),
             "adapter_pool": self._bytes([pool.flat]),
         }
 
     def by_holder(self) -> dict[str, int]:
         """Bytes on the device; no tensor belongs to two holders."""
         sweeps, jobs = self._trainer.sweeps.values(), list(self._trainer.jobs)
+        lent = self._trainer.held_blocks * self._block_bytes  # of the cache's blocks
         steps = [job.step for job in jobs if job.step is not None]
         held = {
             **self._fixed,
-            "activations": self._bytes(tensor for sweep in sweeps for tensor in _stored(sweep)),
+            "kv_cache": self._fixed["kv_cache"] - lent,
+            "activations": lent + self._bytes(tensor for sweep in sweeps for tensor in _beside_blocks(sweep)),
             "gradients": self._bytes(tensor for step in steps for pair in step.grads.values() for tensor in pair),
             "training_state": sum(job.job.held_bytes for job in jobs if job.job is not None),
         }
@@ -68,10 +71,7 @@ class Holdings:
         return storage_bytes(tensors, self._device)
 
 
-def _stored(sweep: Sweep) -> Iterator[Tensor | None]:
-    """What a sweep keeps between its units."""
-    for layer in sweep.store:
-        yield from (layer.x, layer.k, layer.v, layer.out, layer.lse, *layer.products.values())
-    yield from (sweep.ids, sweep.positions, sweep.final, sweep.dy, sweep.dk, sweep.dv)
-    if sweep.head_batch is not None:
-        yield from sweep.head_batch.tensors()
+def _beside_blocks(sweep: Sweep) -> Iterator[Tensor | None]:
+    """What a sweep keeps outside of its blocks, between its units."""
+    yield from (sweep.ids, sweep.positions)
+    yield from sweep.working_set()

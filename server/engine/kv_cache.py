@@ -2,7 +2,8 @@
 
 A block is `block_size` consecutive token slots; block b is slots [b*block_size, (b+1)*block_size) of every
 layer. The allocator hands out numbers and counts references; it never looks at tensors, and the cache never
-looks at counts.
+looks at counts. Blocks may also hold what training keeps of its rows (`row_pages`): for that the memory of a layer
+is seen as *cells*, those of the keys and then those of the values.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import gcd
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,6 +180,19 @@ class LayerShape:
     kv_heads: int
     key_dim: int
     value_dim: int
+    query_heads: int = 0  # that read them
+
+    @property
+    def cell(self) -> int:
+        """Elements of a cell: a token's keys and its values are whole numbers of them."""
+        return self.kv_heads * gcd(self.key_dim, self.value_dim)
+
+    def key_cells(self, block_size: int) -> int:
+        """Of one block."""
+        return block_size * self.kv_heads * self.key_dim // self.cell
+
+    def value_cells(self, block_size: int) -> int:
+        return block_size * self.kv_heads * self.value_dim // self.cell
 
 
 def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
@@ -202,10 +218,21 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.scratch_block = num_blocks
+        self.dtype, self.device = dtype, torch.device(device)
         slots = (num_blocks + scratch) * block_size
-        # Zeroed once: a slot that nobody wrote may be read where a mask hides it, and 0 × NaN is NaN.
-        self.keys = [torch.zeros(slots, s.kv_heads, s.key_dim, dtype=dtype, device=device) for s in self.layers]
-        self.values = [torch.zeros(slots, s.kv_heads, s.value_dim, dtype=dtype, device=device) for s in self.layers]
+        self.cells: list[Tensor] = []  # a layer's memory as [cells, elements of a cell]
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for s in self.layers:
+            flat = _zeros(slots * s.kv_heads * (s.key_dim + s.value_dim), dtype, self.device)
+            keys = slots * s.kv_heads * s.key_dim
+            self.cells.append(flat.view(-1, s.cell))
+            self.keys.append(flat[:keys].view(slots, s.kv_heads, s.key_dim))
+            self.values.append(flat[keys:].view(slots, s.kv_heads, s.value_dim))
+
+    @property
+    def block_bytes(self) -> int:
+        return block_bytes(self.layers, self.block_size, self.dtype)
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store key [T, kv_heads, key_dim] and value [T, kv_heads, value_dim] at `slots` (int64 [T])."""
@@ -220,3 +247,11 @@ class KVCache:
             return keys[start : start + length], values[start : start + length]
         index = torch.tensor(sequence.slots(0, length), dtype=torch.int64, device=keys.device)
         return keys.index_select(0, index), values.index_select(0, index)
+
+
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeroed: a slot that nobody wrote may be read where a mask hides it, and 0 × NaN is NaN. In the host's memory a page
+    is taken when it is first written."""
+    if device.type != "cpu":
+        return torch.zeros(count, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(count * dtype.itemsize, dtype=np.uint8)).view(dtype)

@@ -1,32 +1,45 @@
-"""The sweeps under way: which jobs share one, what it keeps, and when there is memory for the next.
+"""The sweeps under way: which jobs share one, and the blocks in which each keeps its activations.
 
-How a job's rows are cut into sweeps is a function of the rows and of the activations' budget; when a sweep begins
-depends on what else is live. Nothing here runs a model.
+How a job's rows are cut into sweeps is a function of the rows and of the activations' budget; when a sweep gets its
+blocks, gives some of them back or leaves the device is the scheduler's to say. Nothing here runs a model.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from coserve.scheduler.state import SweepJob, SweepState
+from coserve.server.engine.activation_store import ActivationStore, StoreLayout
+from coserve.server.engine.kv_cache import KVCache
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.options import EngineOptions
-from coserve.server.engine.packing import lean_window, stored_row_bytes, sweep_state
+from coserve.server.engine.packing import lean_window, sweep_state
+from coserve.server.engine.prefix_cache import BlockManager
 from coserve.server.engine.running_job import RunningJob
 from coserve.server.engine.sweep import Sweep
 
 
 class LiveSweeps:
-    """`by_id` is what the runner works on; a sweep that is done, or lost, is taken out by the trainer."""
+    """`by_id` is what the runner works on; a sweep that is done, or lost, is taken out by the trainer (`remove`)."""
 
-    def __init__(self, model: BaseModel, options: EngineOptions) -> None:
-        self._model, self._options = model, options
-        self._row_bytes = recompute, save = stored_row_bytes(model)
-        self._most_bytes = options.activation_bytes()
-        self._rows_save = max(1, self._most_bytes // save)
-        self.most_rows = max(1, self._most_bytes // recompute)  # of one sweep
+    def __init__(
+        self, model: BaseModel, options: EngineOptions, blocks: BlockManager, cache: KVCache, most_blocks: int
+    ) -> None:
+        """`most_blocks`: that all sweeps hold together."""
+        self._model, self._options, self._manager, self._cache = model, options, blocks, cache
+        self._layout = StoreLayout(model, cache.layers, cache.block_size)
+        self.most_blocks = most_blocks
+        self.most_rows = self._layout.rows(most_blocks, save=False)  # of one sweep
+        self._rows_save = self._layout.rows(most_blocks, save=True)
         self.by_id: dict[int, Sweep] = {}
+        self._blocks: dict[int, list[int]] = {}  # of the placed ones
+        self._unplaced: dict[int, float] = {}  # the others, and since when
+        self._offers: dict[int, tuple[str | None, str | None]] = {}  # those that are new -> tenant, priority
         self._next_id = 0
+
+    # ------------------------------------------------------------------ sharing
 
     def group(self, due: Sequence[RunningJob]) -> list[RunningJob]:
         """The first of the jobs that are due, and those whose rows may share its sweep: jobs of one tenant and of one
@@ -44,29 +57,22 @@ class LiveSweeps:
                 rows += _rows(running)
         return group
 
-    def fits(self, group: Sequence[RunningJob]) -> bool:
-        """Whether a sweep of these jobs' rows may store what it has to beside what is live. Alone, any may."""
-        stored = sum(sweep.rows * self._row_bytes[sweep.save] for sweep in self.by_id.values())
-        rows = sum(map(_rows, group))
-        return not self.by_id or stored + rows * self._row_bytes[self._saves(group)] <= self._most_bytes
-
-    def start(self, group: Sequence[RunningJob]) -> None:
-        """A sweep of the next part of each job's step; nothing has changed if that raises."""
+    def start(self, group: Sequence[RunningJob]) -> int:
+        """A sweep of the next part of each job's step, which waits to be placed; nothing has changed if that raises."""
         sequences = [sequence for running in group for sequence in running.waiting[0]]
-        self.by_id[self._next_id] = Sweep(
+        backward = all(running.batch is None or running.batch.kind == "train" for running in group)
+        sweep_id = self._next_id
+        self.by_id[sweep_id] = Sweep(
             sequences, layers=self._model.layer_count, dtype=self._model.dtype, device=self._model.device,
-            save=self._saves(group), lean=group[0].lean,
-            backward=all(running.batch is None or running.batch.kind == "train" for running in group),
+            save=backward and self._saves(group), lean=group[0].lean, backward=backward,
         )  # fmt: skip
         self._next_id += 1
+        self._unplaced[sweep_id] = time.monotonic()
+        self._offers[sweep_id] = group[0].tenant, group[0].priority
         for running in group:
             del running.waiting[0]
             running.sweeps += 1
-
-    def state(self, sweep_id: int, jobs: tuple[SweepJob, ...]) -> SweepState:
-        """What the scheduler is told."""
-        sweep, window = self.by_id[sweep_id], self._options.window()
-        return sweep_state(sweep_id, sweep, self._model, lean_window(window) if sweep.lean else window, jobs)
+        return sweep_id
 
     def _saves(self, group: Sequence[RunningJob]) -> bool:
         """Whether frozen products are kept, too."""
@@ -74,6 +80,71 @@ class LiveSweeps:
         if group[0].lean:
             return False
         return policy == "save" or (policy == "auto" and sum(map(_rows, group)) <= self._rows_save)
+
+    # ------------------------------------------------------------------ memory
+
+    def place(self, sweep_id: int) -> None:
+        """Give a sweep its blocks; what was parked comes back. Raises OutOfBlocks, and then nothing has changed."""
+        sweep = self.by_id[sweep_id]
+        blocks = self._manager.take(self._layout.blocks(sweep.rows, sweep.save))
+        self._blocks[sweep_id] = blocks
+        del self._unplaced[sweep_id]
+        self._offers.pop(sweep_id, None)
+        sweep.place(ActivationStore(self._layout, self._cache, blocks, sweep.rows, sweep.save))
+
+    def lean(self, sweep_id: int) -> None:
+        """Keep no more than "recompute" does, and give the rest back."""
+        self._give(sweep_id, self.by_id[sweep_id].lean())
+
+    def park(self, sweep_id: int) -> None:
+        """Give all blocks back; what they hold goes to the host. Raises OSError where there is no room for that."""
+        folder = self._options.data_dir / "tmp"
+        folder.mkdir(exist_ok=True)
+        self._give(sweep_id, self.by_id[sweep_id].park(folder))
+        del self._blocks[sweep_id]
+        self._unplaced[sweep_id] = time.monotonic()
+
+    def drop(self, sweep_id: int, job_id: str) -> None:
+        """Take a job out of a sweep; the others lose nothing."""
+        self._give(sweep_id, self.by_id[sweep_id].drop(job_id))
+
+    def remove(self, sweep_id: int) -> Sweep | None:
+        """A sweep is over, whatever it still had to do; its blocks are free."""
+        self._unplaced.pop(sweep_id, None)
+        self._offers.pop(sweep_id, None)
+        self._manager.give(self._blocks.pop(sweep_id, ()))
+        return self.by_id.pop(sweep_id, None)
+
+    def _give(self, sweep_id: int, blocks: Sequence[int]) -> None:
+        if blocks:
+            given = set(blocks)
+            self._blocks[sweep_id] = [block for block in self._blocks[sweep_id] if block not in given]
+            self._manager.give(blocks)
+
+    @property
+    def blocks(self) -> int:
+        """Held by all sweeps."""
+        return sum(map(len, self._blocks.values()))
+
+    @property
+    def ending_blocks(self) -> int:
+        """Held by sweeps that are done and still to be taken out."""
+        return sum(len(blocks) for sweep_id, blocks in self._blocks.items() if self.by_id[sweep_id].done)
+
+    # ------------------------------------------------------------------ for the scheduler
+
+    def state(self, sweep_id: int, jobs: tuple[SweepJob, ...]) -> SweepState:
+        sweep, window = self.by_id[sweep_id], self._options.window()
+        return sweep_state(
+            sweep_id, sweep, self._model, lean_window(window) if sweep.lean else window, jobs,
+            blocks=self._layout.blocks(sweep.rows, sweep.save), lean_blocks=self._layout.blocks(sweep.rows, save=False),
+            unplaced_since=self._unplaced.get(sweep_id),
+        )  # fmt: skip
+
+    def offered(self, running: RunningJob) -> bool:
+        """Whether a new sweep of its tenant and priority waits for its blocks: a job that is due waits for the next one,
+        which those may share that become due meanwhile."""
+        return (running.tenant, running.priority) in self._offers.values()
 
 
 def _rows(running: RunningJob) -> int:

@@ -21,27 +21,15 @@ def split_batch(sequences: list[TrainSequence], most_rows: int) -> list[list[Tra
     return parts
 
 
-def stored_row_bytes(model: BaseModel) -> tuple[int, int]:
-    """Bytes stored a training row under "recompute" and under "save": layer inputs, keys and values; for "save" also
-    every frozen product, attention's output and log-sum-exp."""
-    config = model.config
-    heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(config, "head_dim", None) or model.hidden_size // heads)
-    recompute = model.layer_count * (model.hidden_size + 2 * kv_heads * head_dim)
-    products = sum(site.out_features for site in model.sites)
-    save = recompute + products + model.layer_count * heads * (head_dim + 1)
-    return recompute * model.dtype.itemsize, save * model.dtype.itemsize
-
-
 def lean_window(window: int) -> int:
     """Rows of a unit where memory ran out under `window`."""
     return min(window, max(16, window // 4))
 
 
 def sweep_state(
-    sweep_id: int, sweep: Sweep, model: BaseModel, window: int, jobs: tuple[SweepJob, ...] = ()
-) -> SweepState:
+    sweep_id: int, sweep: Sweep, model: BaseModel, window: int, jobs: tuple[SweepJob, ...] = (), *,
+    blocks: int = 0, lean_blocks: int = 0, unplaced_since: float | None = None,
+) -> SweepState:  # fmt: skip
     """What the scheduler is told of a sweep whose units take at most `window` rows."""
     batch = sweep.head_batch
     return SweepState(
@@ -61,4 +49,8 @@ def sweep_state(
         backward=sweep.backward,
         backward_layer=sweep.layer,
         backward_tokens=sweep.rows - sweep.undone,
+        blocks=blocks,
+        lean_blocks=lean_blocks,
+        placed=unplaced_since is None,
+        unplaced_since=unplaced_since,
     )

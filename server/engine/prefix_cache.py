@@ -245,11 +245,28 @@ class BlockManager:
         sequence.pending.clear()
         sequence.length = 0
 
+    def take(self, count: int) -> list[int]:
+        """Blocks for what is no sequence, consecutive ones where there are any; cached ones go as they do for sequences.
+
+        Raises:
+            OutOfBlocks: nothing was taken.
+        """
+        if count > self.free_blocks:
+            raise OutOfBlocks(count, self.free_blocks)
+        self.prefix_cache.evict(count - self._allocator.free_blocks)
+        return sorted(self._allocator.allocate(count))
+
+    def give(self, blocks: Iterable[int]) -> None:
+        """Give back what `take` gave."""
+        for block in blocks:
+            self._allocator.free(block)
+
     def shared_blocks(self, sequence: SequenceBlocks) -> int:
         """How many of the sequence's blocks other sequences hold too."""
         known = self.prefix_cache.knows
         return sum(self._allocator.references(block) - known(block) > 1 for block in sequence.blocks)
 
-    def check(self, live: Iterable[SequenceBlocks]) -> None:
-        """Raise RuntimeError unless every reference is accounted for by the `live` sequences and the cache."""
-        self._allocator.check([*(sequence.blocks for sequence in live), self.prefix_cache.blocks])
+    def check(self, live: Iterable[SequenceBlocks], taken: Iterable[Sequence[int]] = ()) -> None:
+        """Raise RuntimeError unless every reference is accounted for by the `live` sequences, the cache, and what was
+        `taken`."""
+        self._allocator.check([*(sequence.blocks for sequence in live), *taken, self.prefix_cache.blocks])

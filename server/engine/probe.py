@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coserve.server.engine.activation_store import private_store
 from coserve.server.engine.attention import ATTENTION_NAME, UnsupportedModel, register
 from coserve.server.engine.backend import Backend
 from coserve.server.engine.backward import run_backward_unit
@@ -224,6 +225,7 @@ def _check_training(base: BaseModel, reference: nn.Module, adapters: list[Pooled
     steps = [JobStep(f"job{i}", adapter, sum(len(ids) - 1 for ids in rows[i])) for i, adapter in enumerate(adapters)]
     sequences = [TrainSequence(step, ids, ids) for step, own in zip(steps, rows, strict=True) for ids in own]
     sweep = Sweep(sequences, layers=base.layer_count, dtype=base.dtype, device=base.device)
+    sweep.place(private_store(base, sweep.rows, save=False))
     while not sweep.forward_done:
         run_sweep_layers(base, sweep, min(11, sweep.rows - sweep.forward_rows), 1)
     while sweep.head_left:

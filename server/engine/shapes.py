@@ -27,7 +27,7 @@ class _ShapePass(OneRow):
         return None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Score, sinks: Tensor | None) -> Tensor:
-        self.shapes[layer] = LayerShape(k.shape[0], k.shape[2], v.shape[2])
+        self.shapes[layer] = LayerShape(k.shape[0], k.shape[2], v.shape[2], q.shape[0])
         return super().attend(layer, q, k, v, score, sinks)
 
 

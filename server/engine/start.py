@@ -23,6 +23,7 @@ from coserve.server.engine.holdings import Holdings
 from coserve.server.engine.intake import Intake
 from coserve.server.engine.iterations import IterationLog
 from coserve.server.engine.kv_cache import KVCache, block_bytes
+from coserve.server.engine.live_sweeps import LiveSweeps
 from coserve.server.engine.load import LoadedModel, ModelRefused, load_model
 from coserve.server.engine.loop import Engine
 from coserve.server.engine.options import EngineOptions
@@ -118,8 +119,9 @@ def _assemble(
     batch = _batch_promises(options, itl, ttft)
     shares = Shares(blocks.num_blocks, pool.num_pages)
     requests = RequestBook(blocks, itl, ttft, batch=batch)
+    live = LiveSweeps(model, options, blocks, cache, options.activation_bytes() // cache.block_bytes)
     trainer = Trainer(
-        model, pool, options, loaded.digest, Path(options.model).name, shares, served=scheduler.share.served
+        model, pool, live, options, loaded.digest, Path(options.model).name, shares, served=scheduler.share.served
     )
     iterations = IterationLog(os.getpid())
     socket = EngineSocket(options.socket_path)
@@ -156,14 +158,16 @@ def _kv_cache(loaded: LoadedModel, options: EngineOptions) -> tuple[BlockManager
     # Never more than every running sequence could use at once.
     scratch = loaded.base.backend.captures  # for rows that only fill a graph up
     count = min(options.kv_bytes() // bytes_each - scratch, options.running() * longest)
+    for_training = options.activation_bytes() // bytes_each
     if count < 1:
         raise ModelRefused(
             f"--kv-memory {options.kv_bytes()} holds no block: one block of {options.block_size} tokens takes "
             f"{bytes_each} bytes of this model; give at least {bytes_each * (longest + scratch)} for one full context"
         )
     if count < longest:
-        log.warning("the K/V cache holds %d tokens, less than one context of %d: longer sequences will be refused",
-                    count * options.block_size, loaded.max_model_len)  # fmt: skip
+        log.warning("the K/V cache holds %d tokens, less than one context of %d: longer sequences need memory of training, "
+                    "or are refused", count * options.block_size, loaded.max_model_len)  # fmt: skip
+    count += for_training  # one memory: generation may use all of it, training its part at the most
     manager = BlockManager(count, options.block_size)
     cache = KVCache(shapes, count, options.block_size, loaded.base.dtype, loaded.base.device, scratch=scratch)
     return manager, cache

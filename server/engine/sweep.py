@@ -3,15 +3,15 @@
 The sequences of one optimizer step (of several jobs, if they are due together) are laid end to end. The forward
 goes through the stream from its first row to its last, in windows of any size; the head takes the rows that
 bear a label; the backward goes through every layer from the last row to the first. A window may hold several
-sequences, and a sequence may span many windows. What a `Sweep` stores is, per layer, the layer's input and the
-keys and values as attention sees them (policy "recompute"); policy "save" adds the frozen products and
-attention's output with its log-sum-exp. A layer's store is freed as soon as its backward is done.
+sequences, and a sequence may span many windows. What is kept of the layers lies in an `ActivationStore`, which a sweep
+has from the moment it is placed until it is over or *parked*: then it lies on the host, and the sweep cannot run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from coserve.kernels.dropout import RowKeys, dropout_rows
 from coserve.kernels.transfer import to_device
+from coserve.server.engine.activation_store import ActivationStore
 from coserve.server.engine.backend import Adapter, AdapterRows, Dropout
+from coserve.server.engine.parked import ParkedRows
 from coserve.server.training.peft.sites import Site
 
 if TYPE_CHECKING:
@@ -93,18 +95,6 @@ class Span:
     end: int
 
 
-@dataclass(slots=True)
-class LayerStore:
-    """What is kept of one layer; tensors span the whole stream."""
-
-    x: Tensor | None = None  # [N, H] input of the layer
-    k: Tensor | None = None  # [Hkv, N, D] after rotary embedding
-    v: Tensor | None = None  # [Hkv, N, Dv]
-    out: Tensor | None = None  # [Hq, N, Dv] attention's output (policy "save")
-    lse: Tensor | None = None  # [Hq, N]
-    products: dict[str, Tensor] = field(default_factory=dict)  # site name -> [N, out] (policy "save")
-
-
 class Sweep:
     """The stream, its store and how far it has come. Units are carried out elsewhere; this only keeps the books."""
 
@@ -116,7 +106,8 @@ class Sweep:
         self.lean = lean  # its windows are small, because memory ran out before
         self.sequences = sorted(sequences, key=lambda s: s.step.job_id)  # a job's rows are one LoRA segment
         self._lay_out()
-        self.store = [LayerStore() for _ in range(layers)]
+        self._store: ActivationStore | None = None
+        self._parked: ParkedRows | None = None
         self.final: Tensor | None = None  # [label rows, H] output of the last layer
         self.forward_rows = 0  # rows through all layers
         self.partial_rows = 0  # rows of the window that stopped at a layer boundary …
@@ -196,37 +187,38 @@ class Sweep:
 
     # ------------------------------------------------------------------ storing
 
-    def keep_input(self, layer: int, start: int, x: Tensor) -> None:
-        """x [T, H], input of `layer` for stream rows from `start` on; copied, so that the batch can be freed."""
-        store = self.store[layer]
-        if store.x is None:
-            store.x = x.new_empty(self.rows, x.shape[1])
-        store.x[start : start + x.shape[0]] = x
+    @property
+    def placed(self) -> bool:
+        return self._store is not None
 
-    def keep_kv(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
-        """k [Hkv, T, D], v [Hkv, T, Dv] for stream rows from `start` on."""
-        store = self.store[layer]
-        if store.k is None or store.v is None:
-            store.k = k.new_empty(k.shape[0], self.rows, k.shape[2])
-            store.v = v.new_empty(v.shape[0], self.rows, v.shape[2])
-        store.k[:, start : start + k.shape[1]] = k
-        store.v[:, start : start + v.shape[1]] = v
+    @property
+    def store(self) -> ActivationStore:
+        """Raises RuntimeError if the sweep has none: it is new, parked or over."""
+        if self._store is None:
+            raise RuntimeError("the sweep holds no memory")
+        return self._store
 
-    def keep_product(self, layer: int, site: Site, start: int, product: Tensor) -> None:
-        """product [T, out], the frozen product of stream rows from `start` on (policy "save")."""
-        products = self.store[layer].products
-        if site.name not in products:
-            products[site.name] = product.new_empty(self.rows, product.shape[1])
-        products[site.name][start : start + product.shape[0]] = product
+    def place(self, store: ActivationStore) -> None:
+        """Give a sweep that has none a store of its rows; what was parked comes back."""
+        if self._parked is not None:
+            self._parked.restore(store)
+        self._store, self._parked = store, None
 
-    def keep_attention(self, layer: int, start: int, out: Tensor, lse: Tensor) -> None:
-        """out [Hq, T, Dv], lse [Hq, T] of stream rows from `start` on (policy "save")."""
-        store = self.store[layer]
-        if store.out is None or store.lse is None:
-            store.out = out.new_empty(out.shape[0], self.rows, out.shape[2])
-            store.lse = lse.new_empty(lse.shape[0], self.rows)
-        store.out[:, start : start + out.shape[1]] = out
-        store.lse[:, start : start + lse.shape[1]] = lse
+    def park(self, folder: Path) -> list[int]:
+        """Everything in blocks goes to the host, or into a file in `folder`; returns the blocks, which are free.
+
+        Raises:
+            OSError: there is no room for the file; nothing has changed.
+        """
+        store = self.store
+        self._parked = ParkedRows(store, self.layer + 1, self.forward_rows + self.partial_rows, folder, self.device)
+        self._store = None
+        return store.blocks
+
+    def lean(self) -> list[int]:
+        """Policy "recompute" from here on; returns the blocks that this leaves."""
+        self.save = False
+        return self.store.forget_products()
 
     def keep_final(self, start: int, y: Tensor) -> None:
         """y [T, H], output of the last layer for stream rows from `start` on; only rows with a label are kept."""
@@ -237,8 +229,7 @@ class Sweep:
         self.final[first:last] = y.index_select(0, rows)
 
     def finish_layer(self) -> None:
-        """The current layer's backward is done: free its store, go on to the layer below."""
-        self.store[self.layer] = LayerStore()
+        """The current layer's backward is done: go on to the layer below."""
         self.dk = self.dv = None
         self.layer -= 1
         self.undone = self.rows
@@ -249,16 +240,25 @@ class Sweep:
 
     @property
     def holds_memory(self) -> bool:
-        """Whether anything of the forward is stored."""
-        return any(store.x is not None for store in self.store) or self.dy is not None
+        """Whether anything of weight is kept outside of the blocks."""
+        return any(tensor is not None for tensor in self.working_set())
+
+    def working_set(self) -> Iterator[Tensor | None]:
+        """What is kept outside of the blocks."""
+        yield from (self.final, self.dy, self.dk, self.dv)
+        if self._store is not None:
+            yield from self._store.tensors()
+        if self.head_batch is not None:
+            yield from self.head_batch.tensors()
 
     def release(self) -> None:
-        """Give up everything that is stored: the sweep is over, whatever it still had to do."""
-        self.store = []
+        """Give up everything that is kept: the sweep is over, whatever it still had to do."""
+        self._store = self._parked = None
         self.final = self.dy = self.dk = self.dv = self.head_batch = None
 
-    def drop(self, job_id: str) -> None:
-        """Take a job's sequences out at a unit's border; the others' rows move together and lose nothing."""
+    def drop(self, job_id: str) -> list[int]:
+        """Take a job's sequences out at a unit's border; the others' rows move together and lose nothing. Returns the
+        blocks that this leaves."""
         keep = [i for i, s in enumerate(self.sequences) if s.step.job_id != job_id]
         live = np.zeros(self.rows, dtype=bool)
         for i in keep:
@@ -270,16 +270,17 @@ class Sweep:
         self.partial_rows = int(live[self.forward_rows : self.forward_rows + self.partial_rows].sum())
         self.forward_rows = int(live[: self.forward_rows].sum())
         self.undone = int(live[: self.undone].sum())
-        for store in self.store:
-            store.x = _rows(store.x, index, 0)
-            store.k, store.v = _rows(store.k, index, 1), _rows(store.v, index, 1)
-            store.out, store.lse = _rows(store.out, index, 1), _rows(store.lse, index, 1)
-            store.products = {name: p.index_select(0, index) for name, p in store.products.items()}
+        left: list[int] = []
+        if self._store is not None:
+            self._store, left = self._store.keep_only(index, self.layer + 1)
+        if self._parked is not None:
+            self._parked.keep_only(index.cpu())
         labels_index = torch.from_numpy(np.flatnonzero(labels_live)).to(self.device)
         self.final, self.dy = _rows(self.final, labels_index, 0), _rows(self.dy, index, 0)
         self.dk, self.dv = _rows(self.dk, index, 1), _rows(self.dv, index, 1)
         self.sequences = [self.sequences[i] for i in keep]
         self._lay_out()
+        return left
 
 
 def _by_step(spans: list[Span]) -> list[list[Span]]:

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from coserve.scheduler.forecast import JobWork
-from coserve.scheduler.state import SweepJob, SweepState
+from coserve.scheduler.state import Plan, SweepJob, SweepState
 from coserve.server.engine.adapter_pool import AdapterPool
 from coserve.server.engine.containment import attempt
 from coserve.server.engine.copies import TrainingCopies
@@ -45,8 +45,8 @@ class Trainer:
     """All jobs and sweeps of one engine."""
 
     def __init__(
-        self, model: BaseModel, pool: AdapterPool, options: EngineOptions, base_digest: str, base_name: str,
-        shares: Shares, served: Callable[[str], float],
+        self, model: BaseModel, pool: AdapterPool, live: LiveSweeps, options: EngineOptions, base_digest: str,
+        base_name: str, shares: Shares, served: Callable[[str], float],
     ) -> None:  # fmt: skip
         """`served`: how much of the device a tenant has had; sweeps of the one with least begin first."""
         self._shares, self._served = shares, served
@@ -55,7 +55,7 @@ class Trainer:
         self._jobs: dict[str, RunningJob] = {}
         self._events: SimpleQueue[JobEvent] = SimpleQueue()
         self._side = ThreadPoolExecutor(1, thread_name_prefix="coserve-training", initializer=work_alone)
-        self._live = LiveSweeps(model, options)
+        self._live = live
         self._copies = TrainingCopies(pool, shares)
         self._rest, self._rest_until = _FIRST_REST, 0.0
 
@@ -119,7 +119,7 @@ class Trainer:
                 self._guarded(running, partial(self._take_back, running, running.side))
         for sweep_id, sweep in list(self._live.by_id.items()):
             if sweep.done:
-                del self._live.by_id[sweep_id]
+                self._live.remove(sweep_id)
                 self._rest = _FIRST_REST
                 self._sweep_done(sweep)
         self._copies.turn()
@@ -146,6 +146,21 @@ class Trainer:
         return tuple(self._state(sweep_id, sweep) for sweep_id, sweep in self._live.by_id.items() if not sweep.done)
 
     @property
+    def most_blocks(self) -> int:
+        """That sweeps may hold together."""
+        return self._live.most_blocks
+
+    @property
+    def held_blocks(self) -> int:
+        """That sweeps hold."""
+        return self._live.blocks
+
+    @property
+    def ending_blocks(self) -> int:
+        """That sweeps hold which are done: the next `tick` gives them back."""
+        return self._live.ending_blocks
+
+    @property
     def waits(self) -> dict[str, str]:
         """Jobs that have no place in the adapter pool yet, and why."""
         return {job.job_id: job.waits for job in self._jobs.values() if job.waits is not None}
@@ -169,23 +184,42 @@ class Trainer:
             self._aside(running, job.next_batch, lambda batch: self._next(running, batch))
 
     def _next(self, running: RunningJob, batch: Batch | None) -> None:
-        if batch is not None and running.stop is None:
+        if batch is None or running.stop is not None:
+            return
+        longest = max(len(row.input_ids) for row in batch.rows)
+        if longest <= self._live.most_rows:
             running.begin(self._pool, batch, self._live.most_rows)
+        elif running.job is not None:
+            text = (
+                f"A row of {longest} tokens needs more activation memory than there is: it holds {self._live.most_rows} "
+                "tokens. Train on shorter rows (training.max_length), or start the server with a larger "
+                "--activation-memory."
+            )
+            self._aside(running, partial(running.job.fail, OUT_OF_MEMORY, text), None)
 
     def _new_sweeps(self) -> None:
-        """Sweeps of everything that is due, as far as what they will store fits the activations' memory."""
+        """Sweeps of everything that is due; the scheduler gives them memory. One of a tenant and a priority waits for
+        that at a time."""
         due = [running for running in self._jobs.values() if running.due]
         due.sort(key=lambda running: self._served(running.tenant or ""))
-        while due:
+        while due := [running for running in due if not self._live.offered(running)]:
             group = self._live.group(due)
-            if not self._live.fits(group):
-                return
             fault = attempt("a new sweep", partial(self._live.start, group))
             if fault is not None:
                 for running in group:
                     self._again(running, fault)
                 return
-            due = [running for running in due if running not in group]
+
+    def rearrange(self, plan: Plan) -> None:
+        """Carry out what a plan says of the sweeps' memory. A sweep that this fails for is lost."""
+        moves = [(self._live.park, sweep_id) for sweep_id in plan.park]
+        moves += [(self._live.lean, sweep_id) for sweep_id in plan.lean]
+        moves += [(self._live.place, sweep_id) for sweep_id in plan.place]
+        for move, sweep_id in moves:
+            if sweep_id in self._live.by_id:
+                fault = attempt(f"{move.__name__} sweep {sweep_id}", partial(move, sweep_id))
+                if fault is not None:  # to park it, there was no room on the host
+                    self.lose({sweep_id: YIELDED if sweep_id in plan.park else fault})
 
     def _sweep_done(self, sweep: Sweep) -> None:
         for step in sweep.steps:
@@ -223,7 +257,7 @@ class Trainer:
         if YIELDED in lost.values():
             self._rest_until, self._rest = time.monotonic() + self._rest, min(2 * self._rest, _LONGEST_REST)
         for sweep_id, fault in lost.items():
-            sweep = self._live.by_id.pop(sweep_id, None)
+            sweep = self._live.remove(sweep_id)
             for step in sweep.steps if sweep is not None else ():
                 running = self._jobs.get(step.job_id)
                 if running is not None and running.step is step:
@@ -293,10 +327,11 @@ class Trainer:
             if sweep_id not in self._live.by_id or all(step.job_id != running.job_id for step in sweep.steps):
                 continue
             others = [step for step in sweep.steps if step.job_id != running.job_id]
-            fault = attempt("taking a job out of a sweep", partial(sweep.drop, running.job_id)) if others else None
+            leave = partial(self._live.drop, sweep_id, running.job_id)
+            fault = attempt("taking a job out of a sweep", leave) if others else None
             if others and fault is None:
                 continue
-            del self._live.by_id[sweep_id]
+            self._live.remove(sweep_id)
             for step in others:  # its rows are part old, part new: nobody can go on with it
                 other = self._jobs.get(step.job_id)
                 if other is not None and other.step is step and fault is not None:

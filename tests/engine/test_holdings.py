@@ -13,7 +13,7 @@ from peft_oracle import training_rows
 from stepped_engine import DIGEST, SteppedEngine
 from torch import Tensor
 
-from coserve.server.engine.kv_cache import block_bytes
+from coserve.server.engine.kv_cache import KVCache, block_bytes
 from coserve.server.engine.shapes import layer_shapes
 from coserve.server.engine.sweep import JobStep
 from coserve.server.wire.messages import StartJob, TenantShare
@@ -38,8 +38,8 @@ def alive() -> list[Tensor]:
 
 
 def within(thing: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Every tensor that can be reached from an object; a job's step, and what it leads to, is another holder's."""
-    if id(thing) in seen or isinstance(thing, (JobStep, type, str)):
+    """Every tensor that can be reached from an object; a job's step, the cache, and what they lead to, are others'."""
+    if id(thing) in seen or isinstance(thing, (JobStep, KVCache, type, str)):
         return
     seen.add(id(thing))
     if isinstance(thing, Tensor):
@@ -78,7 +78,7 @@ def test_a_jobs_masters_moments_gradients_and_activations(tmp_path):
         nonlocal largest
         sweeps = list(engine.trainer.sweeps.values())
         stored = engine.holdings.by_holder()["activations"]
-        assert stored == taken(within(sweeps, set()))
+        assert stored == engine.trainer.held_blocks * engine.cache.block_bytes + taken(within(sweeps, set()))
         largest = max(largest, stored)
         return any(sweep.dy is not None and sweep.layer == 0 for sweep in sweeps)
 
@@ -88,7 +88,8 @@ def test_a_jobs_masters_moments_gradients_and_activations(tmp_path):
     masters = [t for pair in running.job.params.values() for t in (pair.a, pair.b)]
     assert held["training_state"] == taken(masters) == sum(4 * t.numel() for t in masters)
     assert held["gradients"] == taken(t for pair in running.step.grads.values() for t in pair) > 0
-    assert 0 < held["activations"] < largest, "what a layer stored goes with its backward"
+    assert 0 < held["activations"] <= largest
+    assert held["kv_cache"] + engine.trainer.held_blocks * engine.cache.block_bytes == taken(engine.cache.cells)
     engine.until(lambda: running.job.step == 1)
     a_count = 4  # of its steps, which torch keeps with each parameter
     assert engine.holdings.by_holder()["training_state"] == 3 * taken(masters) + a_count * len(masters)

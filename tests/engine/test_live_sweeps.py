@@ -7,14 +7,20 @@ from gradient_oracle import engine_model
 from training_jobs import make_job, open_job
 
 from coserve.server.engine.adapter_pool import AdapterPool
+from coserve.server.engine.kv_cache import KVCache
 from coserve.server.engine.live_sweeps import LiveSweeps
 from coserve.server.engine.options import EngineOptions
+from coserve.server.engine.prefix_cache import BlockManager
 from coserve.server.engine.running_job import RunningJob
+from coserve.server.engine.shapes import layer_shapes
 
 
 def test_jobs_of_two_priorities_share_no_sweep(tmp_path):
     """Else the low one's rows would go with the normal one's, before those of other tenants' normal jobs."""
-    live = LiveSweeps(engine_model("llama", torch.float32), EngineOptions("base", tmp_path, "", device="cpu"))
+    model = engine_model("llama", torch.float32)
+    cache = KVCache(layer_shapes(model), 64, 16, torch.float32)
+    options = EngineOptions("base", tmp_path, "", device="cpu")
+    live = LiveSweeps(model, options, BlockManager(64, 16), cache, 64)
     pool = AdapterPool(2**20, 512, torch.float32)
 
     def due(name: str, priority: str) -> RunningJob:

@@ -21,6 +21,7 @@ from coserve.server.engine.adapter_loader import AdapterLoader
 from coserve.server.engine.adapter_pool import AdapterPool
 from coserve.server.engine.adapters import AdapterBook
 from coserve.server.engine.kv_cache import KVCache
+from coserve.server.engine.live_sweeps import LiveSweeps
 from coserve.server.engine.options import EngineOptions
 from coserve.server.engine.prefix_cache import BlockManager
 from coserve.server.engine.requests import RequestBook
@@ -45,16 +46,18 @@ def one_thread():
 class Driver:
     """The training half of an engine: `turn` is one iteration, after which the test may do what it likes."""
 
-    def __init__(self, data_dir: Path, jobs: list[str], **options) -> None:
+    def __init__(self, data_dir: Path, jobs: list[str], blocks: int = 256, **options) -> None:
         self.data_dir = data_dir
         model = engine_model("llama", torch.float32)
         self.pool = AdapterPool(2**22, 8 * model.hidden_size, torch.float32)
         values = {"model": "base", "data_dir": data_dir, "socket_path": "", "dtype": "float32", "train_window": 64}
+        self._blocks = BlockManager(blocks, 16)
+        cache = KVCache(layer_shapes(model), blocks, 16, torch.float32)
+        resolved = EngineOptions(**{**values, **options})
+        self.live = LiveSweeps(model, resolved, self._blocks, cache, blocks)
         self.trainer = Trainer(
-            model, self.pool, EngineOptions(**{**values, **options}), DIGEST, "base", Shares(4, 4), lambda _: 0.0
+            model, self.pool, self.live, resolved, DIGEST, "base", Shares(4, 4), served=lambda _: 0.0
         )
-        self._blocks = BlockManager(4, 16)
-        cache = KVCache(layer_shapes(model), 4, 16, torch.float32)
         requests = RequestBook(self._blocks, 1.0, 1.0)
         adapters = AdapterBook(self.pool, AdapterLoader(lambda path: {}, 0), data_dir)
         self.runner = Runner(model, cache, requests, adapters)
@@ -65,9 +68,11 @@ class Driver:
     def turn(self) -> None:
         self.trainer.tick()
         state = SchedulerState(
-            time.monotonic(), (), self.trainer.states(), free_blocks=4, block_size=16, max_running=1, max_adapters=1
-        )
+            time.monotonic(), (), self.trainer.states(), free_blocks=self._blocks.free_blocks, block_size=16,
+            max_running=1, max_adapters=1, activation_blocks=self.live.most_blocks,
+        )  # fmt: skip
         plan = self.scheduler.plan(state)
+        self.trainer.rearrange(plan)
         if plan.empty:
             time.sleep(0.001)
             return
@@ -207,16 +212,16 @@ def test_a_job_whose_folder_goes_while_it_trains_ends_alone(tmp_path):
     driver.final("good")
 
 
-def test_sweeps_wait_for_the_activations_memory(tmp_path, monkeypatch):
+def test_sweeps_wait_for_the_activations_memory(tmp_path):
     """A step cut in parts because its activations do not fit must not have all its parts under way at once."""
-    monkeypatch.setattr(EngineOptions, "activation_bytes", lambda self: 200_000)  # 130 rows of 1,536 bytes
-    driver = Driver(tmp_path, prepare(tmp_path, a={"batch_size": 24}), activations="recompute")
+    driver = Driver(tmp_path, prepare(tmp_path, a={"batch_size": 24}), blocks=16, activations="recompute")
     most = [0]
 
     def done() -> bool:
-        most.append(sum(sweep.rows for sweep in driver.trainer.sweeps.values()))
+        most.append(sum(sweep.rows for sweep in driver.trainer.sweeps.values() if sweep.placed))
         return not driver.trainer.job_ids
 
     driver.until(done)
     driver.final("a")
-    assert 60 < max(most) <= 200_000 // 1536
+    assert 60 < max(most) <= driver.live.most_rows == 128
+    assert driver.live.blocks == 0

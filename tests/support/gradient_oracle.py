@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
 
+from coserve.server.engine.activation_store import private_store
 from coserve.server.engine.attention import ATTENTION_NAME, register
 from coserve.server.engine.backward import run_backward_unit
 from coserve.server.engine.forward import PackedPass, SweepPart, finish_window, run_packed, run_sweep_layers
@@ -113,7 +114,9 @@ def new_sweep(model: BaseModel, steps: dict[str, tuple[JobStep, list[Row]]], *, 
     sequences = [
         TrainSequence(step, row.input_ids, row.labels, i) for step, rows in steps.values() for i, row in enumerate(rows)
     ]
-    return Sweep(sequences, layers=model.layer_count, dtype=model.dtype, device=model.device, save=save)
+    sweep = Sweep(sequences, layers=model.layer_count, dtype=model.dtype, device=model.device, save=save)
+    sweep.place(private_store(model, sweep.rows, save))
+    return sweep
 
 
 def run_sweep(

@@ -21,6 +21,7 @@ from coserve.server.engine.holdings import Holdings
 from coserve.server.engine.intake import Intake
 from coserve.server.engine.iterations import IterationLog
 from coserve.server.engine.kv_cache import KVCache
+from coserve.server.engine.live_sweeps import LiveSweeps
 from coserve.server.engine.loop import Engine
 from coserve.server.engine.options import EngineOptions
 from coserve.server.engine.prefix_cache import BlockManager
@@ -51,10 +52,11 @@ class SentMessages(EngineSocket):
 
 
 class SteppedEngine:
-    """Llama at toy size in float32. Bytes of the pool, blocks of 16 tokens."""
+    """Llama at toy size in float32. Bytes of the pool, blocks of 16 tokens: `activation_blocks` of them more for training,
+    or none, and then it may have them all."""
 
     def __init__(
-        self, data_dir: Path, *, blocks: int = 64, pool_bytes: int = 2**20, architecture: str = "llama",
+        self, data_dir: Path, *, blocks: int = 64, activation_blocks: int = 0, pool_bytes: int = 2**20, architecture: str = "llama",
         backend: Any = None, device: Any = "cpu", graphs_of: Any = None, itl: float = 1.0, ahead: bool | None = AHEAD,
         **options: Any,
     ) -> None:  # fmt: skip
@@ -64,12 +66,16 @@ class SteppedEngine:
         self.pool = AdapterPool(pool_bytes, 8 * model.hidden_size, torch.float32, device)
         loader = AdapterLoader(lambda path: self.pool.image_of(read_folder(path, model.sites, DIGEST)[1]), 0)
         self.adapters = AdapterBook(self.pool, loader, data_dir)
-        self.requests = RequestBook(BlockManager(blocks, 16), 1.0, 1.0)
+        self.requests = RequestBook(BlockManager(blocks + activation_blocks, 16), 1.0, 1.0)
         values = {"model": "base", "data_dir": data_dir, "socket_path": "", "dtype": "float32", **options}
+        blocks += activation_blocks
+        self.cache = cache = KVCache(layer_shapes(model), blocks, 16, torch.float32, device, scratch=model.backend.captures)
+        engine_options = EngineOptions(**values)
+        live = LiveSweeps(model, engine_options, self.requests.blocks, cache, activation_blocks or blocks)
         scheduler = Scheduler(SchedulerConfig(itl_seconds=itl))
         shares = Shares(blocks, self.pool.num_pages)
         self.trainer = Trainer(
-            model, self.pool, EngineOptions(**values), DIGEST, "base", shares, served=scheduler.share.served
+            model, self.pool, live, engine_options, DIGEST, "base", shares, served=scheduler.share.served
         )
         iterations = IterationLog(0)
         self.counters = iterations.counters
@@ -77,7 +83,6 @@ class SteppedEngine:
         self.intake = Intake(
             self.socket, lambda: None, self.requests, self.adapters, self.trainer, checks, iterations, 512, shares
         )
-        cache = KVCache(layer_shapes(model), blocks, 16, torch.float32, device, scratch=model.backend.captures)
         graphs = None if graphs_of is None else graphs_of(model, cache, self.pool)
         self.holdings = Holdings(model, cache, self.pool, self.trainer, loader, graphs)
         stats = StatsClock(

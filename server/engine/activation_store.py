@@ -57,7 +57,7 @@ class ActivationStore:
         always = layout.blocks(rows, False)
         self._pages = RowPages(cache, layout.always, blocks[:always], rows)
         self._saved = RowPages(cache, layout.saved, blocks[always:], rows) if save else None
-        self._lse: dict[int, Tensor] = {}  # layer -> [Hq, rows] (policy "save")
+        self.lse: dict[int, Tensor] = {}  # layer -> [Hq, rows] (policy "save"): too small for blocks
 
     @property
     def blocks(self) -> list[int]:
@@ -69,7 +69,7 @@ class ActivationStore:
 
     def tensors(self) -> Iterator[Tensor]:
         """What lies outside of the blocks."""
-        yield from self._lse.values()
+        yield from self.lse.values()
         for pages in (self._pages, self._saved):
             if pages is not None:
                 yield from pages.tensors()
@@ -95,9 +95,9 @@ class ActivationStore:
         if self._saved is None:
             return
         self._saved.write(layer, _OUT, start, _flat(out))
-        if layer not in self._lse:
-            self._lse[layer] = lse.new_empty(lse.shape[0], self.rows)
-        self._lse[layer][:, start : start + lse.shape[1]] = lse
+        if layer not in self.lse:
+            self.lse[layer] = lse.new_empty(lse.shape[0], self.rows)
+        self.lse[layer][:, start : start + lse.shape[1]] = lse
 
     # ------------------------------------------------------------------ reading: views, or copies
 
@@ -119,10 +119,10 @@ class ActivationStore:
 
     def attention(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor] | None:
         """(out [Hq, end - start, Dv], lse [Hq, end - start]); None if they are not kept."""
-        if self._saved is None or layer not in self._lse:
+        if self._saved is None or layer not in self.lse:
             return None
         out = self._saved.read(layer, _OUT, start, end)
-        return self._by_head(out, self._cache.layers[layer].query_heads), self._lse[layer][:, start:end]
+        return self._by_head(out, self._cache.layers[layer].query_heads), self.lse[layer][:, start:end]
 
     @staticmethod
     def _by_head(rows: Tensor, heads: int) -> Tensor:
@@ -135,7 +135,7 @@ class ActivationStore:
         if self._saved is None:
             return []
         given, self._saved = self._saved.blocks, None
-        self._lse.clear()
+        self.lse.clear()
         return given
 
     def keep_only(self, index: Tensor, layers: int) -> tuple[ActivationStore, list[int]]:
@@ -152,7 +152,7 @@ class ActivationStore:
                 kept = {name: old.read(layer, name, 0, self.rows)[index] for name in old.columns(layer)}
                 for name, values in kept.items():
                     new.write(layer, name, 0, values)
-        smaller._lse = {layer: lse[:, index] for layer, lse in self._lse.items()}
+        smaller.lse = {layer: lse[:, index] for layer, lse in self.lse.items()}
         return smaller, mine[always:] + extra[whole - always :]
 
     # ------------------------------------------------------------------ to the host and back

@@ -31,8 +31,9 @@ class LiveSweeps:
         self._model, self._options, self._manager, self._cache = model, options, blocks, cache
         self._layout = StoreLayout(model, cache.layers, cache.block_size)
         self.most_blocks = most_blocks
-        self.most_rows = self._layout.rows(most_blocks, save=False)  # of one sweep
+        self.longest_row = self._layout.rows(most_blocks, save=False)
         self._rows_save = self._layout.rows(most_blocks, save=True)
+        self.most_rows = self._rows_save if options.activations == "save" else self.longest_row  # of one sweep
         self.by_id: dict[int, Sweep] = {}
         self._blocks: dict[int, list[int]] = {}  # of the placed ones
         self._unplaced: dict[int, float] = {}  # the others, and since when
@@ -75,11 +76,9 @@ class LiveSweeps:
         return sweep_id
 
     def _saves(self, group: Sequence[RunningJob]) -> bool:
-        """Whether frozen products are kept, too."""
-        policy = self._options.activations
-        if group[0].lean:
-            return False
-        return policy == "save" or (policy == "auto" and sum(map(_rows, group)) <= self._rows_save)
+        """Whether frozen products are kept, too: where they fit, unless they are never to be."""
+        wanted = self._options.activations != "recompute" and not group[0].lean
+        return wanted and sum(map(_rows, group)) <= self._rows_save
 
     # ------------------------------------------------------------------ memory
 
@@ -94,7 +93,7 @@ class LiveSweeps:
 
     def lean(self, sweep_id: int) -> None:
         """Keep no more than "recompute" does, and give the rest back."""
-        self._give(sweep_id, self.by_id[sweep_id].lean())
+        self._give(sweep_id, self.by_id[sweep_id].forget_products())
 
     def park(self, sweep_id: int) -> None:
         """Give all blocks back; what they hold goes to the host. Raises OSError where there is no room for that."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ class ParkedRows:
             OSError: there is no room for the file in `folder`; nothing has changed.
         """
         self._device = device
+        self.lse = store.lse  # where it was: it lies in no block
         whole = sum(t.numel() * t.element_size() for _, t in store.contents(layers, rows))
         space = _space(whole, folder, device)
         self._kept: dict[Place, Tensor] = {}
@@ -43,14 +43,13 @@ class ParkedRows:
     def keep_only(self, index: Tensor) -> None:
         """Only these rows (int64, ascending, on the host) stay."""
         self._kept = {place: kept[index[index < len(kept)]] for place, kept in self._kept.items()}
+        self.lse = {layer: lse[:, index.to(lse.device)] for layer, lse in self.lse.items()}
 
     def restore(self, store: ActivationStore) -> None:
         """Into a store of the same rows."""
         for place, kept in self._kept.items():
             store.put_back(place, to_device(kept, self._device))
-
-    def tensors(self) -> Iterator[Tensor]:
-        return iter(self._kept.values())
+        store.lse = self.lse
 
 
 def _space(size: int, folder: Path, device: torch.device) -> Tensor:

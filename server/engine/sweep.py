@@ -215,7 +215,7 @@ class Sweep:
         self._store = None
         return store.blocks
 
-    def lean(self) -> list[int]:
+    def forget_products(self) -> list[int]:
         """Policy "recompute" from here on; returns the blocks that this leaves."""
         self.save = False
         return self.store.forget_products()
@@ -248,6 +248,8 @@ class Sweep:
         yield from (self.final, self.dy, self.dk, self.dv)
         if self._store is not None:
             yield from self._store.tensors()
+        if self._parked is not None:
+            yield from self._parked.lse.values()
         if self.head_batch is not None:
             yield from self.head_batch.tensors()
 
@@ -268,6 +270,7 @@ class Sweep:
         self.head_rows = int(labels_live[: self.head_rows].sum())
         self.head_batch = None  # its rows begin anew
         self.partial_rows = int(live[self.forward_rows : self.forward_rows + self.partial_rows].sum())
+        self.partial_layer *= self.partial_rows > 0
         self.forward_rows = int(live[: self.forward_rows].sum())
         self.undone = int(live[: self.undone].sum())
         left: list[int] = []
@@ -280,6 +283,8 @@ class Sweep:
         self.dk, self.dv = _rows(self.dk, index, 1), _rows(self.dv, index, 1)
         self.sequences = [self.sequences[i] for i in keep]
         self._lay_out()
+        if self.undone == 0 and self.layer >= 0:
+            self.finish_layer()  # of the current layer only rows of the job that leaves were left
         return left
 
 

@@ -187,11 +187,11 @@ class Trainer:
         if batch is None or running.stop is not None:
             return
         longest = max(len(row.input_ids) for row in batch.rows)
-        if longest <= self._live.most_rows:
+        if longest <= self._live.longest_row:
             running.begin(self._pool, batch, self._live.most_rows)
         elif running.job is not None:
             text = (
-                f"A row of {longest} tokens needs more activation memory than there is: it holds {self._live.most_rows} "
+                f"A row of {longest} tokens needs more activation memory than there is: it holds {self._live.longest_row} "
                 "tokens. Train on shorter rows (training.max_length), or start the server with a larger "
                 "--activation-memory."
             )

@@ -37,7 +37,7 @@ from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.crowd import Crowd
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.lineup import Lineup
-from coserve.scheduler.room import Room
+from coserve.scheduler.room import Room, Stock
 from coserve.scheduler.state import RequestState, SchedulerState
 
 # Why a request waits, as the API tells it.
@@ -67,6 +67,9 @@ class Admission:
     unservable: tuple[str, ...]
     adapters: tuple[str, ...]  # that ought to be on the device: those in use, then those waited for, in service order
     waiting: int  # requests that did not run before
+    closed_by: str  # why the queue went no further
+    begun: int  # blocks for prompts that begin now, whole, with the reserve
+    left: int  # of the stock, beside decodes, whole prompts and the reserve; negative: running prompts still lack some
 
 
 class AdmissionPolicy:
@@ -79,14 +82,14 @@ class AdmissionPolicy:
         self.closed_by = TURN  # why the queue went no further
         self.kept_back: dict[str, str] = {}  # request, or tenant, that was passed over -> why
 
-    def decide(self, state: SchedulerState, share: FairShare, lineup: Lineup, crowd: Crowd) -> Admission:
+    def decide(self, state: SchedulerState, share: FairShare, lineup: Lineup, crowd: Crowd, stock: Stock) -> Admission:
         running = lineup.running
-        room = Room(state, running)
+        room = Room(state, running, stock)
         decodes, preempted, unservable = _run_decodes(running, room)
         alive = [r for r in running if r.request_id not in preempted] if preempted else running
         queue = _Queue(self._config, state, share, lineup, room, crowd, self._blocked_since)
         if not unservable:
-            queue.fill(alive, closed=bool(preempted))
+            queue.fill(alive, TURN if preempted else stock.closed)
         if not decodes and not queue.chunks and not queue.unservable and not unservable and alive:
             self._break_deadlock(queue, alive, preempted, unservable)
         self._blocked_since, self.closed_by, self.kept_back = queue.blocked_since, queue.closed_by, queue.kept_back
@@ -96,13 +99,9 @@ class AdmissionPolicy:
         others = [r for r in state.requests if r.request_id not in preempted] if preempted else state.requests
         adapters = _wanted(ahead, others, state.max_adapters)
         return Admission(
-            tuple(decodes),
-            tuple(queue.chunks),
-            tuple(preempted),
-            tuple(unservable),
-            adapters,
-            len(state.requests) - len(running),
-        )
+            tuple(decodes), tuple(queue.chunks), tuple(preempted), tuple(unservable), adapters,
+            len(state.requests) - len(running), queue.closed_by, queue.begun, queue.left,
+        )  # fmt: skip
 
     def reason(self, request: RequestState) -> str:
         """Why a waiting request was not admitted the last time."""
@@ -123,7 +122,7 @@ class AdmissionPolicy:
         """Only prompts are admitted, they hold all blocks and none can go on: the last ones step back for the first."""
         if not any(r.adapter_ready for r in alive):
             return  # they wait for adapters, not for blocks
-        alone = len(alive) == 1
+        alone = len(alive) == 1 and not queue.room.kept  # else it waits for the end of a training step
         while len(alive) > 1:
             victim = alive.pop()
             preempted.append(victim.request_id)
@@ -150,19 +149,21 @@ class _Queue:
         self.chunks: list[Candidate] = []
         self.unservable: list[str] = []
         self.looked_at: list[RequestState] = []  # waiting requests that came up, in order
-        self.blocked_since: dict[str, float] = blocked_since
-        self.closed_by = TURN
+        self.blocked_since, self.closed_by = blocked_since, TURN
         self.kept_back: dict[str, str] = {}
+        self.begun, self.left = 0, room.free  # as in `Admission`
 
-    def fill(self, alive: list[RequestState], closed: bool) -> None:
-        """`closed`: nobody is admitted."""
+    def fill(self, alive: list[RequestState], closed: str | None) -> None:
+        """`closed`: why nobody is admitted."""
         prompts = [r for r in alive if not r.decoding]
+        self.left = self.room.free - sum(self.room.needed(r, r.total_tokens) for r in prompts)
         if closed:
+            self.closed_by = closed
             self.go_on(prompts)
             return
         places = self._state.max_running - len(alive)
         reserve = ceil(self._config.decode_reserve * len(alive))
-        spare = self.room.free - sum(self.room.needed(r, r.total_tokens) for r in prompts) - reserve
+        spare = self.left - reserve
         self._crowd.begin(alive)
         began = set()
         blocked: dict[str, float] = {}
@@ -176,7 +177,7 @@ class _Queue:
             need = self.room.needed(r, r.total_tokens)
             if not self._may_use_adapter(r, idle, blocked):
                 continue
-            if need > self.room.share(r.tenant) or (idle and need > self.room.free):
+            if need > self.room.share(r.tenant) or (idle and need > self.room.free + self.room.kept):
                 self.unservable.append(r.request_id)
                 continue
             own = need + self._own_reserve(r, alive) <= self.room.left_of_share(r.tenant)
@@ -189,10 +190,12 @@ class _Queue:
                 break
             places -= 1
             spare -= need
+            self.begun += need + (0 if self.begun else reserve)
             self._crowd.admit(r.tenant)
             self.room.claim(r, need)
             self._chunk(r)
             self.room.use(r)
+        self.left -= self.begun
         self.go_on(r for r in prompts if r.request_id not in began)
         self._remember(blocked)
 
@@ -279,9 +282,9 @@ def _run_decodes(running: list[RequestState], room: Room) -> tuple[list[RequestS
             decodes.append(r)
         elif len(alive) > 1 and (need > room.free or len(own) > 1):
             step_back(r)
-        elif not preempted:
+        elif not preempted and (need > room.free + room.kept or need > room.left_of_share(r.tenant)):
             unservable.append(r.request_id)
-        # else: it waits one iteration; blocks that the victims shared with each other show as free in the next state
+        # else: it waits for a training step's end, or one iteration: blocks that the victims shared are free then
     return decodes, preempted, unservable
 
 

@@ -26,6 +26,7 @@ class SchedulerConfig:
     crowd_share: float = 0.6  # of the inter-token promise: what decodes may take before a tenant's own crowd waits
     training_share: float = 0.8  # of the same: what iterations that train may take while several tenants ask
     decode_reserve: float = 0.25  # free blocks a running request that admission leaves for growing streams
+    memory_claim_after: float = 5.0  # seconds without any memory for training after which a step claims its own
     quantile: float = 0.99  # of recent iterations beside streams, that end within their upper estimate
     prompt_quantile: float = 0.9  # the same, of prompts' iterations while they are being cut
     margin_share: float = 0.75  # of the budget's room beside the requests: the most that training leaves for surprises
@@ -35,6 +36,8 @@ class SchedulerConfig:
         for name in ("itl_seconds", "max_chunk", "min_chunk", "head_rows", "min_window", "max_units"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"scheduler setting {name} must be positive, got {getattr(self, name)}")
+        if self.memory_claim_after < 0.0:
+            raise ValueError(f"scheduler setting memory_claim_after must be 0 or more, got {self.memory_claim_after}")
         if not 0.0 <= self.floor_share < 1.0:
             raise ValueError(f"scheduler setting floor_share must be in [0, 1), got {self.floor_share}")
         for name in ("quantile", "prompt_quantile"):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coserve.scheduler.latency import LatencyModel
-from coserve.scheduler.rates import WorkShape, prices, shape_of
+from coserve.scheduler.rates import WorkShape, prices, sweep_seconds
 from coserve.scheduler.state import SweepState
 
 
@@ -77,12 +77,7 @@ def _live_seconds(sweeps: Sequence[SweepState], model: LatencyModel, head_rows: 
     """What sweeps under way still take, by job: alike for those that share one."""
     seconds: dict[str, float] = {}
     for sweep in sweeps:
-        forward = sweep.stream_tokens - sweep.forward_tokens - sweep.partial_tokens * sweep.partial_layer / sweep.layers
-        head = sweep.head_rows_left - sweep.head_partial_rows * sweep.head_partial_steps / sweep.head_steps
-        backward = 0.0
-        if sweep.backward:
-            backward = ((sweep.backward_layer + 1) * sweep.stream_tokens - sweep.backward_tokens) / sweep.layers
-        price = prices(model, shape_of(sweep), head_rows).of(forward, head, backward)
+        price = sweep_seconds(model, sweep, head_rows)
         for job in sweep.jobs:
             seconds[job.job_id] = seconds.get(job.job_id, 0.0) + price / len(sweep.jobs)
     return seconds

@@ -73,7 +73,8 @@ class Lineup:
         self._shut.add(tenant)
 
     def __iter__(self) -> Iterator[RequestState]:
-        """Prompts, running and waiting."""
+        """Prompts, running and waiting; none is left out yet."""
+        self._shut.clear()
         for queues in self._queues:
             yield from self._turns(queues)
 

@@ -6,6 +6,7 @@ calls made to it, with no clock, no I/O and no randomness: the same calls give t
 One plan, in this order:
 
 1. *Decodes and queue* (`admission`): all running decodes, then the prompts that memory, places and adapters allow.
+   Where they lack blocks training gives them back, and it gets its own when they leave room (`memory`).
 2. *Prompt chunks* (`chunks`): the most prompt tokens whose predicted iteration stays inside the inter-token budget,
 
        budget = min(itl_seconds, min over running streams of (itl_deadline − now)).
@@ -47,6 +48,7 @@ from coserve.scheduler.forecast import JobForecast, JobWork, forecast
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.margin import Errors
+from coserve.scheduler.memory import MemoryPolicy, copies, runnable, waits
 from coserve.scheduler.queue import QueueClock, Queued
 from coserve.scheduler.rates import TrainingRate
 from coserve.scheduler.state import Plan, Prefill, RequestState, SchedulerState, SweepState
@@ -66,6 +68,7 @@ class Draft:
     slack: float  # seconds from `state.now` that it may last so that no first token is late
     boost: float  # of the upper estimates it was held against
     admission: AdmissionPolicy  # as the plan leaves it
+    memory: MemoryPolicy  # likewise
     admitted: int
     waiting: bool  # whether somebody is left in the queue
 
@@ -76,6 +79,7 @@ class Scheduler:
         self.model = LatencyModel(config.quantile, config.prompt_quantile, config.forgetting)
         self.share = FairShare(config.credit, config.remembered)
         self._admission = AdmissionPolicy(config)
+        self.memory = MemoryPolicy(config)
         self._chunks = ChunkPolicy(config)
         self._training = TrainingPolicy(config)
         self._clock = QueueClock()
@@ -95,8 +99,8 @@ class Scheduler:
         self._rate.meet(state, self.model)
         lineup = self._meet(self.share, state)
         if draft is None or not self._holds(draft, state):
-            draft = self._make(state, self.share, lineup, self._admission)
-        self._admission = draft.admission
+            draft = self._make(state, self.share, lineup)
+        self._admission, self.memory = draft.admission, draft.memory
         self._clock.note(state.now, draft.waiting, draft.admitted)
         return draft.plan
 
@@ -104,7 +108,7 @@ class Scheduler:
         """A plan for a state that is expected: to be made while the iteration before it runs. Changes nothing."""
         share = self.share.copy()
         lineup = self._meet(share, state)
-        return self._make(state, share, lineup, copy(self._admission))  # which replaces what it remembers
+        return self._make(state, share, lineup)
 
     def _meet(self, share: FairShare, state: SchedulerState) -> Lineup:
         """Tells `share` who is there."""
@@ -125,11 +129,20 @@ class Scheduler:
         given = min(plan.upper_seconds, plan.budget_seconds, draft.slack)
         return given <= min(budget, draft.slack - late) + _SLIP * self.config.itl_seconds
 
-    def _make(self, state: SchedulerState, share: FairShare, lineup: Lineup, policy: AdmissionPolicy) -> Draft:
-        """`share` has met the state; `policy` is changed."""
+    def _make(self, state: SchedulerState, share: FairShare, lineup: Lineup) -> Draft:
+        """`share` has met the state. The policies that remember something are copied first: they replace it."""
         costs = self._costs
         costs.begin()
-        admission = policy.decide(state, share, lineup, self._crowd(lineup, share, costs))
+        crowd = self._crowd(lineup, share)
+        policy, memory = copy(self._admission), copy(self.memory)
+        standing = memory.look(state)
+        admission = policy.decide(state, share, lineup, crowd, standing.stock)
+        if memory.lets_end(state, standing, admission, self.model):
+            policy = copy(self._admission)
+            admission = policy.decide(state, share, lineup, crowd, standing.without_giving)
+            moves = memory.keep(state)
+        else:
+            moves = memory.decide(state, standing, admission, policy.behind(state), share)
         budget = self._budget(state, admission.decodes)
         adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
         decode_load = ForwardLoad(
@@ -144,7 +157,9 @@ class Scheduler:
         serving = costs.serving(load)
         slack = first_token_slack(state.now, admission.candidates, tokens, serving[1])
         chunks = cut(admission.candidates, tokens)
-        sweeps, room = self._for_training(state, share, {c.request.tenant for c, _ in chunks}, min(budget, slack))
+        prompts = {c.request.tenant for c, _ in chunks}
+        most = 0.0 if copies(moves, state) else min(budget, slack)
+        sweeps, room = self._for_training(moves.runnable, share, prompts, most)
         training = self._training.fill(sweeps, load, room, costs)
         plan = Plan(
             decodes=tuple(r.request_id for r in admission.decodes),
@@ -152,6 +167,9 @@ class Scheduler:
             rides=tuple(training.rides),
             units=tuple(training.units),
             preempt=admission.preempt,
+            park=moves.park,
+            lean=moves.lean,
+            place=moves.place,
             unservable=admission.unservable,
             adapters=admission.adapters,
             budget_seconds=budget,
@@ -161,7 +179,7 @@ class Scheduler:
             plan = replace(plan, predicted_seconds=mean, upper_seconds=upper)
         admitted = sum(not c.request.running for c, _ in chunks)
         boost = self.model.margins.boost
-        return Draft(plan, state, slack, boost, policy, admitted, admission.waiting > admitted)
+        return Draft(plan, state, slack, boost, policy, memory, admitted, admission.waiting > admitted)
 
     def observe(
         self,
@@ -184,7 +202,8 @@ class Scheduler:
             return
         features = plan_features(plan, state)
         trained = self._trained_seconds(plan, state, features, seconds)
-        self.model.observe(features, seconds, parts)
+        if not copies(plan, state):
+            self.model.observe(features, seconds, parts)
         self._settle(plan, state, seconds, trained)
 
     def account(self, plan: Plan, state: SchedulerState, seconds: float) -> None:
@@ -196,6 +215,10 @@ class Scheduler:
     def queue(self, state: SchedulerState) -> tuple[Queued, ...]:
         """Who waits, in the order in which they would be admitted now, why, and for how long still. Changes nothing."""
         return self._clock.forecast(state, Lineup(state, self.share), self._admission)
+
+    def sweep_waits(self, state: SchedulerState) -> dict[int, str]:
+        """Why sweeps that are not placed wait, for people. Changes nothing."""
+        return waits(state)
 
     def forecast(self, jobs: Sequence[JobWork], sweeps: Sequence[SweepState]) -> tuple[JobForecast, ...]:
         """How fast the jobs train and when they end, as far as is known now. `jobs`: all that are there, or an empty
@@ -209,20 +232,20 @@ class Scheduler:
         """How wrong the predictions of the last iterations were."""
         return self.model.margins.errors
 
-    def _crowd(self, lineup: Lineup, share: FairShare, costs: Costs) -> Crowd:
+    def _crowd(self, lineup: Lineup, share: FairShare) -> Crowd:
         if not share.shared:
             return Crowd()
         context = sum([r.total_tokens for r in lineup.running]) // max(1, len(lineup.running))
         promise = self.config.itl_seconds
-        return Crowd(costs.decoding(context), self.config.crowd_share * promise, promise, share.parts)
+        return Crowd(self._costs.decoding(context), self.config.crowd_share * promise, promise, share.parts)
 
     def _for_training(
-        self, state: SchedulerState, share: FairShare, prompts: Collection[str], room: float
+        self, sweeps: tuple[SweepState, ...], share: FairShare, prompts: Collection[str], room: float
     ) -> tuple[tuple[SweepState, ...], float]:
         """Which sweeps may fill an iteration that runs prompts of these tenants, and up to how many seconds: nobody's
         training makes first tokens wait of a tenant that was served less, neither beside its prompts nor, where several
         ask, by iterations as long as the promise allows."""
-        sweeps = share.order_sweeps(state.sweeps)
+        sweeps = share.order_sweeps(sweeps)
         if share.shared:
             room = min(room, self.config.training_share * self.config.itl_seconds)
         first = share.not_ahead(sweeps, prompts)
@@ -230,7 +253,7 @@ class Scheduler:
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
         self._rate.count(plan, state)
-        self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
+        self._training.settle(self.share.order_sweeps(runnable(state.sweeps, plan.park, plan.place)), seconds, trained)
         self.share.charge(device_cost(plan, state, seconds, trained, self.model))
 
     def _budget(self, state: SchedulerState, decodes: Iterable[RequestState]) -> float:

@@ -60,6 +60,16 @@ def prices(model: LatencyModel, shape: WorkShape, head_rows: int) -> Prices:
     )
 
 
+def sweep_seconds(model: LatencyModel, sweep: SweepState, head_rows: int) -> float:
+    """Ideal seconds that are left of a sweep."""
+    forward = sweep.stream_tokens - sweep.forward_tokens - sweep.partial_tokens * sweep.partial_layer / sweep.layers
+    head = sweep.head_rows_left - sweep.head_partial_rows * sweep.head_partial_steps / sweep.head_steps
+    backward = 0.0
+    if sweep.backward:
+        backward = ((sweep.backward_layer + 1) * sweep.stream_tokens - sweep.backward_tokens) / sweep.layers
+    return prices(model, shape_of(sweep), head_rows).of(forward, head, backward)
+
+
 class TrainingRate:
     """Ideal seconds of training a second."""
 

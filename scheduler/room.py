@@ -8,17 +8,28 @@ gave can be carried out as it stands.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from coserve.scheduler.state import RequestState, SchedulerState
 
 _NO_LIMIT = 1 << 60
 
 
-class Room:
-    __slots__ = ("_adapters", "_limits", "_max_adapters", "_pages", "_used", "free", "size")
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """The K/V blocks that requests of one plan may count on."""
 
-    def __init__(self, state: SchedulerState, running: Sequence[RequestState]) -> None:
-        self.free = state.free_blocks  # of nobody; never negative
+    free: int  # of nobody, with what training would give back
+    kept: int = 0  # by training, for now: a request that lacks no more than these is not too large
+    closed: str | None = None  # why no prompt is admitted; None: prompts are
+
+
+class Room:
+    __slots__ = ("_adapters", "_limits", "_max_adapters", "_pages", "_used", "free", "kept", "size")
+
+    def __init__(self, state: SchedulerState, running: Sequence[RequestState], stock: Stock) -> None:
+        self.free = stock.free  # never negative
+        self.kept = stock.kept
         self.size = state.block_size
         self._max_adapters = state.max_adapters
         self._limits = state.limits

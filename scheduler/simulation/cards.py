@@ -75,6 +75,7 @@ class Card:
     adapter: float = 0.0  # of a distinct adapter in the pass
     overhead: float = 0.0  # of an iteration, outside of its parts
     gap: float = 0.0  # between the end of an iteration and the next plan
+    copy: float = 0.0  # of a block of activations to the host, or back
     optimizer: float = 0.0  # of a job between two of its sweeps, beside the iterations
     optimizer_factor: float = 1.0  # on iterations while that goes on
     noise: Noise = Noise()
@@ -118,7 +119,7 @@ def cpu_270m() -> Card:
         head=Curve(((1, 0.036), (4, 0.042), (16, 0.066), (64, 0.162), (128, 0.288)), tile=4),
         backward=Curve(((1, 0.0021), (8, 0.0029), (32, 0.0049), (128, 0.0119), (256, 0.0222)), tile=4),
         head_steps=32, head_unit=0.0005, ride=0.003, slice=0.0010, attention=2e-8, context=1.5e-6, adapter=0.002,
-        overhead=0.0005, gap=0.0012, optimizer=0.12, optimizer_factor=1.5,
+        overhead=0.0005, gap=0.0012, copy=1.2e-4, optimizer=0.12, optimizer_factor=1.5,
         noise=Noise(sigma=0.04, slow_share=0.002, slow_factor=(1.5, 2.0), stall_share=0.03,
                     stall_seconds=(0.015, 0.045)),
     )  # fmt: skip
@@ -127,7 +128,7 @@ def cpu_270m() -> Card:
 def h200_8b() -> Card:
     """An 8B model in bf16 on an H200. Nothing of this was measured with coserve: it is worked out from two measured
     ceilings (790 TFLOP/s of bf16 products, 4.3 TB/s), of which products are taken to reach 60% and 80%, and from the
-    assumption that a training token costs 4 FLOP a parameter."""
+    assumption that a training token costs 4 FLOP a parameter; copies to the host and back go at 50 GB/s."""
     read = 16e9 / (0.8 * 4.3e12)  # all weights, once
     token = 2 * 8e9 / (0.6 * 790e12)  # one row through all layers
     layers = 32
@@ -141,7 +142,7 @@ def h200_8b() -> Card:
         head=Curve(((1, 0.0009), (64, 0.0011), (512, 0.0034)), tile=16),
         backward=Curve(((1, 1.1 * a_layer), (turn, 1.3 * a_layer), (4 * turn, 4.6 * a_layer)), tile=16),
         head_steps=8, head_unit=2e-5, ride=0.0002, slice=5e-5, attention=3e-13 * 32, context=3e-8, adapter=2e-5,
-        overhead=0.0002, gap=0.0003, optimizer=0.02, optimizer_factor=1.0,
+        overhead=0.0002, gap=0.0003, copy=4.2e-5, optimizer=0.02, optimizer_factor=1.0,
         noise=Noise(sigma=0.02, slow_share=0.003, slow_factor=(1.2, 2.0)),
     )  # fmt: skip
 

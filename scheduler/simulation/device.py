@@ -39,6 +39,7 @@ class Device:
     seed: int = 0
     slowdown: float = 1.0
     reserved: int = 0  # blocks that something else has taken
+    activation_blocks: int = 1 << 60  # the most that placed sweeps hold together
     now: float = 0.0
     streams: list[Stream] = field(default_factory=list)
     sweeps: list[Sweep] = field(default_factory=list)
@@ -54,7 +55,12 @@ class Device:
 
     @property
     def free(self) -> int:
-        return self.blocks - self.reserved - sum(s.blocks for s in self.streams)
+        return self.blocks - self.reserved - sum(s.blocks for s in self.streams) - self.activations
+
+    @property
+    def activations(self) -> int:
+        """Blocks that placed sweeps hold."""
+        return sum(s.blocks for s in self.sweeps if s.placed)
 
     def state(self) -> SchedulerState:
         return SchedulerState(
@@ -66,6 +72,7 @@ class Device:
             max_running=self.max_running,
             max_adapters=self.max_adapters,
             limits=self.limits,
+            activation_blocks=self.activation_blocks,
         )
 
     def cancel(self, name: str) -> None:
@@ -159,17 +166,18 @@ class Device:
         """As `carry_out`; also the seconds of its parts."""
         self._check_names(plan)
         self._preempt(plan.preempt)
+        copied = self.move(plan)
         parts = self.parts(plan)
         produced = self._decode(plan.decodes) + self._prefill(plan.prefills)
         self._check_residency()
         self._train(plan)
         quiet = sum(parts.values()) + self.card.overhead
         seconds = self.disturbed(quiet) * self.slowdown
-        self.now += seconds
+        self.now += seconds + copied * self.slowdown
         self._deliver(produced)
         self.done_sweeps += [s for s in self.sweeps if s.finished]
         self.sweeps = [s for s in self.sweeps if not s.finished]
-        return seconds, {name: value * seconds / quiet for name, value in parts.items()}
+        return seconds + copied * self.slowdown, {name: value * seconds / quiet for name, value in parts.items()}
 
     def disturbed(self, seconds: float) -> float:
         """What an iteration that costs `seconds` takes."""
@@ -185,6 +193,21 @@ class Device:
             require(s.running, f"{s.name} is preempted and does not run")
             s.running, s.blocks, s.computed = False, 0, 0
             s.preemptions += 1
+
+    def move(self, plan: Plan) -> float:
+        """Park sweeps, let some fall back, place others. The seconds that it takes."""
+        sweeps, copied = {s.number: s for s in self.sweeps}, 0
+        for number in plan.park:
+            copied += sweeps[number].blocks
+            sweeps[number].park(self.now)
+        for number in plan.lean:
+            sweeps[number].fall_back()
+        for number in plan.place:
+            copied += sweeps[number].blocks * (sweeps[number].parked is not None)
+            sweeps[number].place(self.now)
+        require(self.activations <= self.activation_blocks, "training holds more blocks than it may")
+        require(self.free >= 0 or not plan.place, "a sweep is placed over the blocks")
+        return copied * self.card.copy
 
     def _decode(self, names: tuple[str, ...]) -> list[Stream]:
         by_name = {s.name: s for s in self.streams}

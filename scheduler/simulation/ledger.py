@@ -17,12 +17,15 @@ class Setup:
     itl: float  # promised between two tokens
     ttft: float = 2.0  # promised to the first one; workloads carry it, reports hold it against them
     window: int = 256  # rows of a training unit, at most
-    blocks: int = 4096
+    blocks: int = 4096  # of K/V, and of activations
     block_size: int = 16
     max_running: int = 64
     max_adapters: int = 32
     adapter_load: float = 0.05  # of one adapter; one at a time, beside the iterations
     sweep_rows: int = 8192  # of one sweep, at most
+    activation: float = 0.0  # blocks of activations that a block of training rows takes; 0: they lie elsewhere
+    lean: float = 1.0  # of those, what is left under "recompute"
+    activation_blocks: int = 1 << 60  # the most that all activations take
 
 
 @dataclass(frozen=True, slots=True)

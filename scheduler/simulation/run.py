@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import ceil
 
 from coserve.scheduler.simulation.calibration import calibrate
 from coserve.scheduler.simulation.device import Device
@@ -60,7 +61,7 @@ class _Run:
     def _new_engine(self, now: float) -> tuple[Device, Policy]:
         s, life = self.setup, self.ledger.restarts
         device = Device(s.card, s.blocks, s.block_size, s.max_running, s.max_adapters, s.itl, self.seed + 1000 * life)
-        device.now = now
+        device.now, device.activation_blocks = now, s.activation_blocks
         policy = self.make_policy()
         calibrate(policy, s.card, s.window, seed=self.seed + 7 + life)
         return device, policy
@@ -82,6 +83,7 @@ class _Run:
             plan = self.policy.plan(state)
             self._load_adapters(plan)
             if plan.empty:
+                self.device.now += self.device.move(plan)
                 self.device.now = min(self.ledger.seconds, self._next_event())
             else:
                 self._iteration(plan, state)
@@ -96,7 +98,11 @@ class _Run:
             device.streams.append(stream)
             self.ledger.streams.append(stream)
         self._disturb()
+        # A tenant has one new sweep a priority that waits for memory.
+        waiting = [s for s in device.sweeps if not s.placed and s.parked is None]
+        held_up = {(job.tenant, job.priority) for sweep in waiting for job in sweep.jobs}
         due = [j for j in self.jobs if j.sweep is None and not j.finished and j.ready_at <= device.now]
+        due = [j for j in due if (j.tenant, j.priority) not in held_up]
         while due:
             # A tenant's jobs whose steps fall due together share a sweep; here only where their sequences are alike.
             first = due[0]
@@ -109,11 +115,15 @@ class _Run:
 
     def _new_sweep(self, jobs: list[TrainingJob]) -> None:
         self.sweeps += 1
-        card = self.setup.card
+        setup, card = self.setup, self.setup.card
+        rows = sum(j.rows for j in jobs)
+        blocks = ceil(setup.activation * rows / setup.block_size)
         self.device.sweeps.append(
             Sweep(
-                self.sweeps, sum(j.rows for j in jobs), jobs[0].labels, card.layers, self.setup.window,
+                self.sweeps, rows, jobs[0].labels, card.layers, setup.window,
                 head_steps=card.head_steps, sequence=jobs[0].length,
+                blocks=blocks, lean_blocks=ceil(setup.lean * blocks), placed=not blocks,
+                unplaced_since=self.device.now if blocks else None,
                 jobs=tuple(SweepJob(j.name, j.tenant, j.weight, j.priority) for j in jobs),
             )
         )  # fmt: skip
@@ -129,7 +139,7 @@ class _Run:
             if isinstance(fault, Slowdown):
                 device.slowdown *= fault.factor
             elif isinstance(fault, MemoryPressure):
-                held = sum(s.blocks for s in device.streams)
+                held = sum(s.blocks for s in device.streams) + device.activations
                 device.reserved = min(int(fault.share * device.blocks), device.blocks - held)
         if any(j.done and j.sweep is None and j.ready_at > now for j in self.jobs):
             device.slowdown *= self.setup.card.optimizer_factor

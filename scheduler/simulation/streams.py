@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, SweepJob, SweepState, Unit
 
+Progress = tuple[int, ...]  # of a sweep: all that its next unit depends on
+
 
 class BrokenPlan(RuntimeError):
     """A plan asks for something that its state does not allow."""
@@ -84,6 +86,13 @@ class Sweep:
     layer_rows: int = 0
     sequence: int = 0
     jobs: tuple[SweepJob, ...] = ()
+    blocks: int = 0  # that its activations hold while it is placed
+    lean_blocks: int = 0  # after it has fallen back to "recompute"
+    placed: bool = True
+    unplaced_since: float | None = None
+    parked: Progress | None = None  # what was copied to the host
+    parks: int = 0
+    placed_at: float | None = None
     forward_cuts: list[int] = field(default_factory=list)
     head_cuts: list[int] = field(default_factory=list)
     head_stops: int = 0
@@ -142,15 +151,42 @@ class Sweep:
             backward=self.backward,
             backward_layer=self.layer,
             backward_tokens=self.layer_rows,
+            blocks=self.blocks,
+            lean_blocks=self.lean_blocks,
+            placed=self.placed,
+            unplaced_since=self.unplaced_since,
         )
 
+    @property
+    def progress(self) -> Progress:
+        return (
+            self.forwarded, self.partial, self.partial_layer, self.headed, self.batch, self.batch_steps, self.layer,
+            self.layer_rows,
+        )  # fmt: skip
+
+    def park(self, now: float) -> None:
+        require(self.placed, "a sweep is parked that is not placed")
+        self.parked, self.placed, self.unplaced_since = self.progress, False, now
+        self.parks += 1
+
+    def fall_back(self) -> None:
+        require(self.placed and self.lean_blocks < self.blocks, "a sweep falls back that has nothing to give")
+        self.blocks = self.lean_blocks
+
+    def place(self, now: float) -> None:
+        require(not self.placed, "a sweep is placed twice")
+        require(self.parked in (None, self.progress), "a parked sweep went on")
+        self.parked, self.placed, self.unplaced_since, self.placed_at = None, True, None, now
+
     def ride(self, tokens: int) -> None:
+        require(self.placed, "a sweep runs that is not placed")
         require(self.partial == 0, "a ride would overtake an unfinished window")
         require(0 < tokens <= min(self.window, self.rows - self.forwarded), "a ride of rows that are not there")
         self.forwarded += tokens
         self.forward_cuts.append(tokens)
 
     def run(self, unit: Unit) -> None:
+        require(self.placed, "a sweep runs that is not placed")
         if isinstance(unit, ForwardUnit):
             self._forward(unit)
         elif isinstance(unit, HeadUnit):

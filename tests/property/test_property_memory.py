@@ -1,0 +1,153 @@
+"""Random worlds with too little memory for requests and training together: nobody takes more than there is, training
+gives way before anybody is preempted, and everything ends.
+
+`scheduler_world.World` carries every plan out and checks blocks, the part of training and that nothing parked runs, by
+its own rules. `nightly` runs 100,000 schedules.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scheduler_world import Stream, Sweep, World
+
+from coserve.scheduler import Scheduler, SchedulerConfig
+from coserve.scheduler.state import Plan, SchedulerState, SweepJob
+
+SEEDS = st.integers(0, 2**32 - 1)
+QUIET = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+
+@dataclass
+class Case:
+    """A world and what is still to come, all from one seed."""
+
+    seed: int
+    streams: list[Stream] = field(default_factory=list)
+    sweeps: list[tuple[float, Sweep]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        r = self.random = random.Random(self.seed)
+        self.world = World(
+            blocks=r.choice((8, 16, 30)), block_size=r.choice((4, 16)), max_running=r.choice((2, 4, 8)),
+            itl=r.choice((0.05, 0.5)), noise=r.choice((0.0, 0.3)), seed=self.seed, speed=r.choice((0.3, 3.0)),
+        )  # fmt: skip
+        world = self.world
+        world.card = replace(world.card, copy=r.choice((0.0, 0.002)))
+        world.activation_blocks = r.randint(world.blocks // 2, world.blocks)
+        self.missing = r.choice((0, 0, world.blocks // 4))  # blocks that something else takes now and then
+        self.config = SchedulerConfig(itl_seconds=world.itl, memory_claim_after=r.choice((0.0, 1.0, 5.0, 5.0)))
+        tenants = [(f"t{i}", r.choice((1.0, 3.0))) for i in range(r.randint(1, 3))]
+        most = world.block_size * (world.blocks - self.missing)
+        at = r.choice((0.0, 0.2, 0.5)) * world.speed
+        for i in range(r.randint(0, 6)):
+            at += r.choice((0.0, 0.0, 0.1, 1.0)) * world.speed
+            outputs = r.randint(1, min(10, most - 1))
+            tenant, weight = r.choice(tenants)
+            self.streams.append(
+                Stream(f"s{i}", at, r.randint(1, min(90, most - outputs)), outputs, tenant=tenant, weight=weight,
+                       slo_class=r.choice(("interactive", "batch")), ttft=r.choice((0.1, 0.1, 2.0)))
+            )  # fmt: skip
+        for i in range(r.randint(1, 4)):
+            tenant, weight = r.choice(tenants)
+            priority, rows = r.choice(("normal", "low")), r.randint(1, 80)
+            most_blocks = min(world.activation_blocks, world.blocks - self.missing)
+            blocks = r.randint(most_blocks // 4 * (r.random() < 0.9), most_blocks)
+            came = r.choice((0.0, 0.0, 1.0)) * world.speed
+            sweep = Sweep(
+                i, rows, r.randint(0, rows), layers=r.randint(1, 4), window=r.choice((16, 32)), priority=priority,
+                jobs=(SweepJob(f"j{i}", tenant, weight, priority),), blocks=blocks, lean_blocks=r.choice((blocks, blocks, r.randint(0, blocks))),
+                placed=False, unplaced_since=came,
+            )  # fmt: skip
+            self.sweeps.append((came, sweep))
+
+    def arrive(self) -> bool:
+        """Who is due comes. Whether there is anything left to do."""
+        world = self.world
+        while self.streams and self.streams[0].arrived <= world.now:
+            world.streams.append(self.streams.pop(0))
+        world.sweeps += [s for at, s in self.sweeps if at <= world.now]
+        self.sweeps = [(at, s) for at, s in self.sweeps if at > world.now]
+        if self.missing and self.random.random() < 0.1:
+            held = world.blocks - world.reserved - world.free
+            world.reserved = min(self.random.choice((0, self.missing)), world.blocks - held)
+        return bool(self.streams or self.sweeps or world.streams or world.sweeps)
+
+
+def check_giving(state: SchedulerState, plan: Plan, protected: int | None) -> None:
+    """Nobody is preempted while unprotected sweeps hold what is lacking, and none gives what nobody needs."""
+    ready = [s for s in state.sweeps if s.placed and s.sweep_id != protected]
+    decodes = [r for r in state.requests if r.decoding]
+    lacking = sum(max(0, -(-r.total_tokens // state.block_size) - r.blocks_held) for r in decodes)
+    if plan.preempt and decodes:
+        assert state.free_blocks + sum(s.blocks for s in ready) < lacking, "preempted before training gave way"
+    elif plan.preempt:
+        assert all(s.sweep_id in plan.park or not s.blocks for s in ready), "preempted before training gave way"
+    gone = {*plan.park, *plan.lean}
+    assert gone <= {s.sweep_id for s in ready}, "a protected sweep gave way"
+    assert not (gone and plan.place), "blocks are given and taken at once"
+    needed = sum(max(0, -(-r.total_tokens // state.block_size) - r.blocks_held) for r in state.requests)
+    if gone:
+        assert needed + len(state.requests) > state.free_blocks, "training gave way for nobody"
+
+
+def run(case: Case, scheduler: Scheduler, other: Scheduler | None = None) -> World:
+    """Drive a world to its end. `other` is asked as well and must agree, after drafts that come to nothing and whether
+    or not it drafted the plan itself."""
+    world, idle = case.world, 0
+    for turn in range(6000):
+        if not case.arrive():
+            return world
+        state = world.state()
+        plan = scheduler.plan(state)
+        if other is not None:
+            draft = other.draft(state)
+            assert draft.plan == plan, "a draft is not the plan"
+            other.draft(replace(state, free_blocks=0, now=state.now + 1.0))
+            assert other.plan(state, draft if turn % 2 else None) == plan, "the same calls gave different plans"
+        check_giving(state, plan, scheduler.memory.protected)
+        if plan.empty:
+            assert not any(s.placed for s in state.sweeps), "a sweep could run"
+            world.now += world.move(plan) + 0.05
+            idle += 1
+            assert idle < 400, "nothing runs any more"
+            continue
+        idle = 0
+        seconds = world.carry_out(plan)
+        for s in (scheduler, other):
+            if s is not None:
+                s.observe(plan, state, seconds)
+    raise AssertionError(f"not finished: {world.streams} {world.sweeps}")
+
+
+def check_schedule(seed: int) -> None:
+    case = Case(seed)
+    streams, sweeps = len(case.streams), len(case.sweeps)
+    ended = run(case, Scheduler(case.config))
+    assert len(ended.done) == streams and len(ended.done_sweeps) == sweeps
+    assert ended.free == ended.blocks - ended.reserved, "blocks leaked"
+
+
+@settings(max_examples=2000, **QUIET)
+@given(SEEDS)
+def test_memory_is_never_overdrawn_and_everything_ends(seed: int) -> None:
+    check_schedule(seed)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@settings(max_examples=100_000, **QUIET)
+@given(SEEDS)
+def test_memory_is_never_overdrawn_and_everything_ends_100k(seed: int) -> None:
+    check_schedule(seed)
+
+
+@settings(max_examples=100, **QUIET)
+@given(SEEDS)
+def test_drafts_leave_no_trace_in_memory_and_are_the_plan(seed: int) -> None:
+    case = Case(seed)
+    run(case, Scheduler(case.config), Scheduler(case.config))

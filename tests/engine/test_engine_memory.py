@@ -32,9 +32,11 @@ def events(engine: EngineProcess, job_id: str) -> list[dict]:
 
 
 def test_a_step_too_large_for_memory_is_run_in_small_parts_or_fails_alone(tmp_path):
-    """Kept frozen products of the first job's 1,100 rows take 34 MiB each; keys of the second's one sequence, too."""
+    """A product of the first job's window of 1,100 rows takes 34 MiB, as do gradients of the keys of the second's one
+    sequence."""
     folder = save_tiny_model(tmp_path / "model", "llama", **BULKY)
-    with EngineProcess(folder, tmp_path, kv_memory=16 * MIB, adapter_memory=4 * MIB) as engine:
+    options = {"kv_memory": 16 * MIB, "adapter_memory": 4 * MIB, "train_window": 2048}
+    with EngineProcess(folder, tmp_path, **options) as engine:
         pid, digest = engine.pid, engine.ready.base_digest
         write_job(tmp_path, "fits", digest, rows(11, 100), r=2, batch_size=11, n_epochs=2)
         write_job(tmp_path, "never", digest, rows(1, 8800), r=2, batch_size=1)

@@ -6,7 +6,8 @@ One optimizer step's gradients of a LoRA of rank 16 on all linear layers, float3
 is measured in one way: the running sum of the profiler's allocation and deallocation events of a second, identical
 pass. What exists before it (weights, optimizer state, the adapter's gradients) is therefore not counted. "stored" is
 the sum between forward and backward, "peak" the largest sum of the pass. Bytes that a library takes without torch's
-allocator (a product's scratch space) are seen in no row.
+allocator (a product's scratch space) are seen in no row. What coserve keeps of the layers lies in blocks of its K/V
+cache, which are there before the pass: they are added whole, from the pass's begin to its end.
 
 coserve's units are those of its engine: windows, head units of 64 label rows, a layer's window at a time backward.
 """
@@ -23,6 +24,7 @@ from harness import Report, environment, load_average, machine, parser, ratio, s
 
 STORED = "activations: stored"  # the mark between forward and backward
 Mark = Callable[[], None]
+System = tuple[Callable[[Mark], None], int]  # a pass, and the bytes that are kept for it outside of torch's allocator
 
 
 def main() -> None:
@@ -50,9 +52,9 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     for name, build in systems.items():
         say(name)
-        run = build()
+        run, blocks = build()
         run(lambda: None)
-        found[name] = {key: value / tokens for key, value in _measure(run).items()}
+        found[name] = {key: (value + blocks) / tokens for key, value in _measure(run).items()}
 
     facts["load after"] = load_average()
     report = Report(
@@ -104,7 +106,7 @@ def _rows(arguments: argparse.Namespace, vocabulary: int) -> tuple[Any, Any]:
 # --------------------------------------------------------------------------- the systems
 
 
-def _peft(arguments: argparse.Namespace, *, checkpointing: bool) -> Callable[[Mark], None]:
+def _peft(arguments: argparse.Namespace, *, checkpointing: bool) -> System:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -125,7 +127,7 @@ def _peft(arguments: argparse.Namespace, *, checkpointing: bool) -> Callable[[Ma
         mark()
         loss.backward()
 
-    return run
+    return run, 0
 
 
 class _Adapter:
@@ -147,13 +149,15 @@ class _Adapter:
         return a, b, 2.0
 
 
-def _coserve(arguments: argparse.Namespace, *, save: bool) -> Callable[[Mark], None]:
+def _coserve(arguments: argparse.Namespace, *, save: bool) -> System:
+    from coserve.server.engine.activation_store import private_store
     from coserve.server.engine.backward import run_backward_unit
     from coserve.server.engine.forward import PackedPass, SweepPart, finish_window, run_packed
     from coserve.server.engine.head import run_head_unit
+    from coserve.server.engine.job_step import JobStep, TrainSequence
     from coserve.server.engine.load import load_model
     from coserve.server.engine.options import EngineOptions
-    from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
+    from coserve.server.engine.sweep import Sweep
 
     model = load_model(EngineOptions(str(arguments.model), Path(), "", device="cpu", dtype="float32")).base
     ids, labels = _rows(arguments, model.vocab_size)
@@ -164,8 +168,11 @@ def _coserve(arguments: argparse.Namespace, *, save: bool) -> Callable[[Mark], N
         TrainSequence(step, i.numpy(), row.numpy(), n) for n, (i, row) in enumerate(zip(ids, labels, strict=True))
     ]
 
+    store = private_store(model, ids.numel(), save)
+
     def run(mark: Mark) -> None:
         sweep = Sweep(sequences, layers=model.layer_count, dtype=model.dtype, device=model.device, save=save)
+        sweep.place(store)
         while not sweep.forward_done:
             start = sweep.forward_rows
             end = min(start + arguments.window, sweep.rows)
@@ -177,7 +184,7 @@ def _coserve(arguments: argparse.Namespace, *, save: bool) -> Callable[[Mark], N
         while not sweep.done:
             run_backward_unit(model, sweep, arguments.window)
 
-    return run
+    return run, store.held_bytes
 
 
 if __name__ == "__main__":

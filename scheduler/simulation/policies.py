@@ -32,7 +32,21 @@ class InferenceOnly:
         self.serving = Scheduler(config)
 
     def plan(self, state: SchedulerState) -> Plan:
-        return self.serving.plan(replace(state, sweeps=()))
+        return self._serve(state)
+
+    def _serve(self, state: SchedulerState) -> Plan:
+        """Without training. A sweep gets its blocks as soon as they fit beside those of all requests, and keeps them:
+        no rival has a rule for memory."""
+        plan = self.serving.plan(replace(state, sweeps=()))
+        if all(s.placed for s in state.sweeps):
+            return plan
+        spare = state.free_blocks - sum(
+            max(0, -(-r.total_tokens // state.block_size) - r.blocks_held) for r in state.requests
+        )
+        held = sum(s.blocks for s in state.sweeps if s.placed)
+        oldest = next(s for s in state.sweeps if not s.placed)
+        fits = oldest.blocks <= min(spare, state.activation_blocks - held)
+        return replace(plan, place=(oldest.sweep_id,)) if fits else plan
 
     def observe(
         self, plan: Plan, state: SchedulerState, seconds: float, parts: Mapping[int | str, float] | None = None
@@ -49,12 +63,12 @@ class TemporalSharing(InferenceOnly):
         self._turns = 0
 
     def plan(self, state: SchedulerState) -> Plan:
-        serving = super().plan(state)
+        serving = self._serve(state)
         if state.sweeps and (serving.empty or self._turns >= self._frequency):
             self._turns = 0
-            step = Plan(units=whole_step(state, self.serving.config), adapters=serving.adapters)
-            if not step.empty:
-                return step
+            units = whole_step(state, self.serving.config)
+            if units:
+                return Plan(units=units, place=serving.place, adapters=serving.adapters)
         self._turns += not serving.empty
         return serving
 
@@ -63,7 +77,7 @@ class SloLimitedSharing(InferenceOnly):
     """Training has iterations of its own, of whole units, as long as the streams' next tokens are not late for it."""
 
     def plan(self, state: SchedulerState) -> Plan:
-        serving = super().plan(state)
+        serving = self._serve(state)
         due = [r.itl_deadline for r in state.requests if r.running and r.itl_deadline is not None]
         due += [r.ttft_deadline for r in state.requests if r.output_tokens == 0]
         slack = min((d - state.now for d in due), default=self.serving.config.itl_seconds) - serving.upper_seconds
@@ -77,7 +91,10 @@ class SloLimitedSharing(InferenceOnly):
             units.append(unit)
         if not units:
             return serving
-        return Plan(units=tuple(units), adapters=serving.adapters, upper_seconds=upper, budget_seconds=slack)
+        return Plan(
+            units=tuple(units), place=serving.place, adapters=serving.adapters, upper_seconds=upper,
+            budget_seconds=slack,
+        )  # fmt: skip
 
 
 class StaticBudget(InferenceOnly):
@@ -89,20 +106,21 @@ class StaticBudget(InferenceOnly):
         self._tokens, self._head_rows = tokens, config.head_rows
 
     def plan(self, state: SchedulerState) -> Plan:
-        serving = super().plan(state)
+        serving = self._serve(state)
         left, prefills = self._tokens - len(serving.decodes), []
         for prefill in serving.prefills:
             if left > 0:
                 prefills.append(replace(prefill, tokens=min(left, prefill.tokens)))
                 left -= prefills[-1].tokens
         serving = replace(serving, prefills=tuple(prefills))
-        if not state.sweeps or left <= 0:
+        oldest = next((s for s in state.sweeps if s.placed), None)
+        if oldest is None or left <= 0:
             return serving
-        sweep = SweepProgress(state.sweeps[0])
+        sweep = SweepProgress(oldest)
         if rows := sweep.next_head(self._head_rows):
             return replace(serving, units=(sweep.head(rows, sweep.head_steps_left),))
         if sweep.can_ride():
-            return replace(serving, rides=(Ride(state.sweeps[0].sweep_id, min(left, sweep.next_forward())),))
+            return replace(serving, rides=(Ride(oldest.sweep_id, min(left, sweep.next_forward())),))
         if tokens := sweep.next_backward():
             return replace(serving, units=(sweep.backward(min(left, tokens)),))
         return serving
@@ -110,7 +128,8 @@ class StaticBudget(InferenceOnly):
 
 def whole_step(state: SchedulerState, config: SchedulerConfig) -> tuple[Unit, ...]:
     """All units that the oldest sweep still needs, at their full size."""
-    sweep = SweepProgress(state.sweeps[0]) if state.sweeps else None
+    oldest = next((s for s in state.sweeps if s.placed), None)
+    sweep = SweepProgress(oldest) if oldest is not None else None
     units: list[Unit] = []
     while sweep is not None and not sweep.done:
         if sweep.head_partial_rows or (sweep.forward_done and sweep.head_left):

@@ -1,14 +1,13 @@
 """What a sweep keeps of every layer, in blocks of the K/V cache: one memory for generation and training.
 
-Policy "recompute": the layers' inputs, and keys and values as attention sees them. Policy "save" adds the frozen products
-and attention's output with its log-sum-exp; these lie in blocks of their own and can be given up at any time.
+Policy "recompute": the layers' inputs, and keys and values as attention sees them. Policy "save" adds the frozen
+products and attention's output with its log-sum-exp; these lie in blocks of their own and can be given up at any time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from coserve.server.engine.kv_cache import KVCache, LayerShape
@@ -62,6 +61,11 @@ class ActivationStore:
     @property
     def blocks(self) -> list[int]:
         return self._pages.blocks + (self._saved.blocks if self._saved is not None else [])
+
+    @property
+    def held_bytes(self) -> int:
+        """Of its blocks."""
+        return len(self.blocks) * self._cache.block_bytes
 
     @property
     def rows(self) -> int:
@@ -139,8 +143,8 @@ class ActivationStore:
         return given
 
     def keep_only(self, index: Tensor, layers: int) -> tuple[ActivationStore, list[int]]:
-        """A store of the rows `index` (int64, ascending) in the first of this one's blocks, with what the first `layers`
-        layers keep of them, and the blocks that are left over. This store is no longer to be used."""
+        """A store of the rows `index` (int64, ascending) in the first of this one's blocks, with what the first
+        `layers` layers keep of them, and the blocks that are left over. This store is no longer to be used."""
         rows, save = len(index), self._saved is not None
         always, whole = self._layout.blocks(rows, False), self._layout.blocks(rows, save)
         mine, extra = self._pages.blocks, self._saved.blocks if self._saved is not None else []
@@ -159,10 +163,12 @@ class ActivationStore:
 
     def contents(self, layers: int, rows: int) -> Iterator[tuple[Place, Tensor]]:
         """What the first `layers` layers keep of the first `rows` rows: (place, [rows, width])."""
-        for saved, pages in enumerate((self._pages, self._saved)):
-            for layer in range(layers) if pages is not None else ():
+        for saved, pages in ((False, self._pages), (True, self._saved)):
+            if pages is None:
+                continue
+            for layer in range(layers):
                 for name in pages.columns(layer):
-                    yield (bool(saved), layer, name), pages.read(layer, name, 0, rows)
+                    yield (saved, layer, name), pages.read(layer, name, 0, rows)
 
     def put_back(self, place: Place, values: Tensor) -> None:
         """values [rows, width], the first rows of what `contents` had at this place."""

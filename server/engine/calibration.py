@@ -24,12 +24,13 @@ from coserve.scheduler.state import (
 )
 from coserve.server.engine.activation_store import private_store
 from coserve.server.engine.head import head_steps
+from coserve.server.engine.job_step import JobStep, TrainSequence
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.packing import sweep_state
 from coserve.server.engine.pooled_adapter import PooledAdapter, pool_of
 from coserve.server.engine.requests import Request, RequestBook
 from coserve.server.engine.runner import YIELDED, Runner
-from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
+from coserve.server.engine.sweep import Sweep
 from coserve.server.training.fault import OUT_OF_MEMORY
 from coserve.server.training.peft.lora import LoraPair
 from coserve.server.wire.messages import Generate, SamplingParams

@@ -43,7 +43,7 @@ class Holdings:
     def by_holder(self) -> dict[str, int]:
         """Bytes on the device; no tensor belongs to two holders."""
         sweeps, jobs = self._trainer.sweeps.values(), list(self._trainer.jobs)
-        lent = self._trainer.held_blocks * self._block_bytes  # of the cache's blocks
+        lent = self._trainer.live.blocks * self._block_bytes  # of the cache's blocks
         steps = [job.step for job in jobs if job.step is not None]
         held = {
             **self._fixed,

@@ -33,8 +33,8 @@ def _work(running: RunningJob, weight: Callable[[str], float], window: int, laye
 
 
 def reports(forecasts: Iterable[JobForecast], waits: Mapping[str, str]) -> tuple[JobReport, ...]:
-    """`waits`: of jobs that do not train yet, and why."""
+    """`waits`: of jobs that do not train now, and why."""
     return (
-        *(JobReport(one.job_id, one.tokens_per_second, one.seconds) for one in forecasts),
+        *(JobReport(one.job_id, one.tokens_per_second, one.seconds) for one in forecasts if one.job_id not in waits),
         *(JobReport(job_id, waits=reason) for job_id, reason in waits.items()),
     )

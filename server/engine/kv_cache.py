@@ -250,8 +250,8 @@ class KVCache:
 
 
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeroed: a slot that nobody wrote may be read where a mask hides it, and 0 × NaN is NaN. In the host's memory a page
-    is taken when it is first written."""
+    """Zeroed: a slot that nobody wrote may be read where a mask hides it, and 0 × NaN is NaN. In the host's memory a
+    page is taken when it is first written."""
     if device.type != "cpu":
         return torch.zeros(count, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(count * dtype.itemsize, dtype=np.uint8)).view(dtype)

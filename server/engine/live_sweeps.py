@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
-from coserve.scheduler.state import SweepJob, SweepState
+from coserve.scheduler.state import Plan, SweepJob, SweepState
 from coserve.server.engine.activation_store import ActivationStore, StoreLayout
+from coserve.server.engine.containment import attempt
 from coserve.server.engine.kv_cache import KVCache
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.options import EngineOptions
 from coserve.server.engine.packing import lean_window, sweep_state
 from coserve.server.engine.prefix_cache import BlockManager
+from coserve.server.engine.runner import YIELDED
 from coserve.server.engine.running_job import RunningJob
 from coserve.server.engine.sweep import Sweep
+from coserve.server.training.fault import Fault
 
 
 class LiveSweeps:
@@ -82,6 +85,19 @@ class LiveSweeps:
 
     # ------------------------------------------------------------------ memory
 
+    def rearrange(self, plan: Plan) -> dict[int, Fault]:
+        """Carry out what a plan says of the sweeps' memory; returns those for which it failed, and why."""
+        moves = [(self.park, sweep_id) for sweep_id in plan.park]
+        moves += [(self.lean, sweep_id) for sweep_id in plan.lean]
+        moves += [(self.place, sweep_id) for sweep_id in plan.place]
+        failed: dict[int, Fault] = {}
+        for move, sweep_id in moves:
+            if sweep_id in self.by_id:
+                fault = attempt(f"to {move.__name__} sweep {sweep_id}", partial(move, sweep_id))
+                if fault is not None:  # of parking: no room on the host, and generation needs the blocks all the same
+                    failed[sweep_id] = YIELDED if sweep_id in plan.park else fault
+        return failed
+
     def place(self, sweep_id: int) -> None:
         """Give a sweep its blocks; what was parked comes back. Raises OutOfBlocks, and then nothing has changed."""
         sweep = self.by_id[sweep_id]
@@ -141,8 +157,8 @@ class LiveSweeps:
         )  # fmt: skip
 
     def offered(self, running: RunningJob) -> bool:
-        """Whether a new sweep of its tenant and priority waits for its blocks: a job that is due waits for the next one,
-        which those may share that become due meanwhile."""
+        """Whether a new sweep of its tenant and priority waits for its blocks: a job that is due waits for the next
+        one, which those may share that become due meanwhile."""
         return (running.tenant, running.priority) in self._offers.values()
 
 

@@ -41,7 +41,7 @@ class Outlook:
         delivered = state.now + plan.upper_seconds
         expected = [(r, self._expected(r, rows.get(r.id, 0), delivered)) for r in self._requests]
         free = self._requests.blocks.free_blocks + sum(self._requests.own_blocks(r) for r, seen in expected if not seen)
-        free += self._trainer.ending_blocks
+        free += self._trainer.live.ending_blocks
         return self._state(delivered + delay, tuple(seen for _, seen in expected if seen), free)
 
     def _state(self, now: float, requests: tuple[RequestState, ...], free_blocks: int) -> SchedulerState:
@@ -54,7 +54,7 @@ class Outlook:
             max_running=self._max_running,
             max_adapters=self._max_adapters(),
             limits=self._shares.limits,
-            activation_blocks=self._trainer.most_blocks,
+            activation_blocks=self._trainer.live.most_blocks,
         )
 
     def _request(self, request: Request) -> RequestState:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from coserve.scheduler.state import SweepJob, SweepState
 from coserve.server.engine.head import head_steps
+from coserve.server.engine.job_step import TrainSequence
 from coserve.server.engine.model import BaseModel
-from coserve.server.engine.sweep import Sweep, TrainSequence
+from coserve.server.engine.sweep import Sweep
 
 
 def split_batch(sequences: list[TrainSequence], most_rows: int) -> list[list[TrainSequence]]:

@@ -1,7 +1,7 @@
-"""Activations that have left the device: the rows of a sweep in the host's memory, or in a file where that is the device.
+"""Activations that have left the device: a sweep's rows in the host's memory, or in a file where that is the device.
 
-A parked sweep comes back to the bit. It may assume that nothing of the sweep changes while it is away, but that jobs may
-leave it.
+A parked sweep comes back to the bit. It may assume that nothing of the sweep changes while it is away, but that jobs
+may leave it.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ class BlockManager:
         sequence.length = 0
 
     def take(self, count: int) -> list[int]:
-        """Blocks for what is no sequence, consecutive ones where there are any; cached ones go as they do for sequences.
+        """Blocks for what is no sequence, consecutive ones where there are any; cached ones go as for sequences.
 
         Raises:
             OutOfBlocks: nothing was taken.

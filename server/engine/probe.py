@@ -26,11 +26,12 @@ from coserve.server.engine.backward import run_backward_unit
 from coserve.server.engine.forward import PackedPass, run_packed, run_sweep_layers
 from coserve.server.engine.generation import GenerationPart, RowRun
 from coserve.server.engine.head import run_head_unit
+from coserve.server.engine.job_step import JobStep, TrainSequence
 from coserve.server.engine.kv_cache import KVCache
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.pooled_adapter import PooledAdapter, pool_of
 from coserve.server.engine.shapes import layer_shapes
-from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
+from coserve.server.engine.sweep import Sweep
 from coserve.server.training.peft.sites import Site
 
 _VOCABULARY = 512

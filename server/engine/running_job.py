@@ -8,13 +8,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coserve.server.engine.adapter_pool import AdapterPool
+from coserve.server.engine.job_step import JobStep, TrainSequence
 from coserve.server.engine.packing import split_batch
 from coserve.server.engine.pooled_adapter import PooledAdapter
-from coserve.server.engine.sweep import JobStep, TrainSequence
 from coserve.server.training.batches import Batch
 from coserve.server.training.job import TrainingJob
+from coserve.server.training.peft.lora import LoraPair
 
 _LEAN_PARTS = 4  # of a step whose memory ran out
+
+
+def finish_step(job: TrainingJob, batch: Batch, step: JobStep) -> None:
+    """All rows of the batch are through. Waits for the device; to be run aside."""
+    if batch.kind == "train":
+        grads = {name: LoraPair(a, b) for name, (a, b) in step.grads.items()}
+        job.finish_train(batch, grads, step.loss_sum, step.correct)
+    else:
+        job.finish_eval(batch, step.loss_sum, step.correct)
 
 
 @dataclass(slots=True)

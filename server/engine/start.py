@@ -165,8 +165,8 @@ def _kv_cache(loaded: LoadedModel, options: EngineOptions) -> tuple[BlockManager
             f"{bytes_each} bytes of this model; give at least {bytes_each * (longest + scratch)} for one full context"
         )
     if count < longest:
-        log.warning("the K/V cache holds %d tokens, less than one context of %d: longer sequences need memory of training, "
-                    "or are refused", count * options.block_size, loaded.max_model_len)  # fmt: skip
+        log.warning("--kv-memory holds %d tokens, less than one context of %d: longer sequences need memory of "
+                    "training, or are refused", count * options.block_size, loaded.max_model_len)  # fmt: skip
     count += for_training  # one memory: generation may use all of it, training its part at the most
     manager = BlockManager(count, options.block_size)
     cache = KVCache(shapes, count, options.block_size, loaded.base.dtype, loaded.base.device, scratch=scratch)

@@ -20,6 +20,7 @@ from coserve.server.wire.sync import EngineSocket
 
 _EVERY_SECONDS = 1.0
 _CHANGED_SECONDS = 0.2  # between two reports where the sequences or their blocks have changed
+_LONG = 1.0  # seconds without blocks after which a job says so: most sweeps wait for an iteration
 
 
 class StatsClock:
@@ -51,8 +52,15 @@ class StatsClock:
             if q.request_id in self._requests
         )  # fmt: skip
         forecasts = self._scheduler.forecast(self._trainer.works(), self._trainer.states())
-        jobs = reports(forecasts, self._trainer.waits)
+        jobs = reports(forecasts, self._trainer.waits | self._waits_for_memory(state))
         self._socket.send(Stats(now, dict(self._iterations.counters), self._gauges(), itl, ttft, queued, jobs))
+
+    def _waits_for_memory(self, state: SchedulerState) -> dict[str, str]:
+        """Jobs of which nothing but a sweep without blocks is under way, and has been for some time; and why."""
+        reasons = self._scheduler.sweep_waits(state)
+        late = [s for s in state.sweeps if s.sweep_id in reasons and state.now - (s.unplaced_since or 0.0) > _LONG]
+        at_work = {job.job_id for s in state.sweeps if s.placed for job in s.jobs}
+        return {job.job_id: reasons[s.sweep_id] for s in late for job in s.jobs if job.job_id not in at_work}
 
     def _gauges(self) -> dict[str, float]:
         blocks, running = self._requests.blocks, self._requests.running

@@ -26,13 +26,12 @@ from coserve.server.engine.live_sweeps import LiveSweeps
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.options import EngineOptions
 from coserve.server.engine.runner import YIELDED
-from coserve.server.engine.running_job import RunningJob
+from coserve.server.engine.running_job import RunningJob, finish_step
 from coserve.server.engine.shares import Shares
 from coserve.server.engine.sweep import Sweep
 from coserve.server.training.batches import Batch
-from coserve.server.training.fault import OUT_OF_MEMORY, Fault
+from coserve.server.training.fault import OUT_OF_MEMORY, Fault, row_too_long, told
 from coserve.server.training.job import JobError, JobOver, TrainingJob
-from coserve.server.training.peft.lora import LoraPair
 from coserve.server.wire.messages import JobEvent
 
 log = logging.getLogger("coserve.engine")
@@ -55,7 +54,7 @@ class Trainer:
         self._jobs: dict[str, RunningJob] = {}
         self._events: SimpleQueue[JobEvent] = SimpleQueue()
         self._side = ThreadPoolExecutor(1, thread_name_prefix="coserve-training", initializer=work_alone)
-        self._live = live
+        self.live = live  # to be read, not changed
         self._copies = TrainingCopies(pool, shares)
         self._rest, self._rest_until = _FIRST_REST, 0.0
 
@@ -73,7 +72,7 @@ class Trainer:
     @property
     def sweeps(self) -> Mapping[int, Sweep]:
         """What the runner works on."""
-        return self._live.by_id
+        return self.live.by_id
 
     @property
     def busy(self) -> bool:
@@ -117,9 +116,9 @@ class Trainer:
         for running in list(self._jobs.values()):
             if running.side is not None and running.side.done():
                 self._guarded(running, partial(self._take_back, running, running.side))
-        for sweep_id, sweep in list(self._live.by_id.items()):
+        for sweep_id, sweep in list(self.live.by_id.items()):
             if sweep.done:
-                self._live.remove(sweep_id)
+                self.live.remove(sweep_id)
                 self._rest = _FIRST_REST
                 self._sweep_done(sweep)
         self._copies.turn()
@@ -143,22 +142,7 @@ class Trainer:
 
     def states(self) -> tuple[SweepState, ...]:
         """Of the sweeps that have work left."""
-        return tuple(self._state(sweep_id, sweep) for sweep_id, sweep in self._live.by_id.items() if not sweep.done)
-
-    @property
-    def most_blocks(self) -> int:
-        """That sweeps may hold together."""
-        return self._live.most_blocks
-
-    @property
-    def held_blocks(self) -> int:
-        """That sweeps hold."""
-        return self._live.blocks
-
-    @property
-    def ending_blocks(self) -> int:
-        """That sweeps hold which are done: the next `tick` gives them back."""
-        return self._live.ending_blocks
+        return tuple(self._state(sweep_id, sweep) for sweep_id, sweep in self.live.by_id.items() if not sweep.done)
 
     @property
     def waits(self) -> dict[str, str]:
@@ -187,39 +171,27 @@ class Trainer:
         if batch is None or running.stop is not None:
             return
         longest = max(len(row.input_ids) for row in batch.rows)
-        if longest <= self._live.longest_row:
-            running.begin(self._pool, batch, self._live.most_rows)
+        if longest <= self.live.longest_row:
+            running.begin(self._pool, batch, self.live.most_rows)
         elif running.job is not None:
-            text = (
-                f"A row of {longest} tokens needs more activation memory than there is: it holds {self._live.longest_row} "
-                "tokens. Train on shorter rows (training.max_length), or start the server with a larger "
-                "--activation-memory."
-            )
-            self._aside(running, partial(running.job.fail, OUT_OF_MEMORY, text), None)
+            self._aside(running, partial(running.job.fail, *row_too_long(longest, self.live.longest_row)), None)
 
     def _new_sweeps(self) -> None:
         """Sweeps of everything that is due; the scheduler gives them memory. One of a tenant and a priority waits for
         that at a time."""
         due = [running for running in self._jobs.values() if running.due]
         due.sort(key=lambda running: self._served(running.tenant or ""))
-        while due := [running for running in due if not self._live.offered(running)]:
-            group = self._live.group(due)
-            fault = attempt("a new sweep", partial(self._live.start, group))
+        while due := [running for running in due if not self.live.offered(running)]:
+            group = self.live.group(due)
+            fault = attempt("a new sweep", partial(self.live.start, group))
             if fault is not None:
                 for running in group:
                     self._again(running, fault)
                 return
 
     def rearrange(self, plan: Plan) -> None:
-        """Carry out what a plan says of the sweeps' memory. A sweep that this fails for is lost."""
-        moves = [(self._live.park, sweep_id) for sweep_id in plan.park]
-        moves += [(self._live.lean, sweep_id) for sweep_id in plan.lean]
-        moves += [(self._live.place, sweep_id) for sweep_id in plan.place]
-        for move, sweep_id in moves:
-            if sweep_id in self._live.by_id:
-                fault = attempt(f"{move.__name__} sweep {sweep_id}", partial(move, sweep_id))
-                if fault is not None:  # to park it, there was no room on the host
-                    self.lose({sweep_id: YIELDED if sweep_id in plan.park else fault})
+        """Carry out what a plan says of the sweeps' memory."""
+        self.lose(self.live.rearrange(plan))
 
     def _sweep_done(self, sweep: Sweep) -> None:
         for step in sweep.steps:
@@ -229,26 +201,15 @@ class Trainer:
             running.sweeps -= 1
             if running.sweeps or running.waiting or running.job is None or running.batch is None:
                 continue
-            batch, job = running.batch, running.job
+            finish, trains = partial(finish_step, running.job, running.batch, step), running.batch.kind == "train"
             running.batch = running.step = None
             running.faults = 0
-            if running.stop is not None:
-                continue
-            if batch.kind == "train":
-                grads = {name: LoraPair(a, b) for name, (a, b) in step.grads.items()}
-                self._aside(
-                    running,
-                    lambda job=job, batch=batch, grads=grads, step=step: job.finish_train(  # type: ignore[misc]
-                        batch, grads, step.loss_sum, step.correct
-                    ),
-                    lambda _, running=running: self._copies.refresh(running),  # type: ignore[misc]
-                )
-            else:
-                self._aside(
-                    running,
-                    lambda job=job, batch=batch, step=step: job.finish_eval(batch, step.loss_sum, step.correct),  # type: ignore[misc]
-                    None,
-                )
+            if running.stop is None:
+                self._aside(running, finish, partial(self._refresh, running) if trains else None)
+
+    def _refresh(self, running: RunningJob, _: None) -> None:
+        """The optimizer has stepped."""
+        self._copies.refresh(running)
 
     # ------------------------------------------------------------------ faults
 
@@ -257,7 +218,7 @@ class Trainer:
         if YIELDED in lost.values():
             self._rest_until, self._rest = time.monotonic() + self._rest, min(2 * self._rest, _LONGEST_REST)
         for sweep_id, fault in lost.items():
-            sweep = self._live.remove(sweep_id)
+            sweep = self.live.remove(sweep_id)
             for step in sweep.steps if sweep is not None else ():
                 running = self._jobs.get(step.job_id)
                 if running is not None and running.step is step:
@@ -274,7 +235,7 @@ class Trainer:
         if running.faults > _FAULTS_ALLOWED:
             self._fail(running, fault)
         elif known:
-            running.begin(self._pool, batch, self._live.most_rows)
+            running.begin(self._pool, batch, self.live.most_rows)
         else:
             why = "memory ran out" if fault.code in (OUT_OF_MEMORY, YIELDED.code) else "an internal error"
             text = f"Step {batch.step} is run again, and this and later steps in smaller parts: {why}"
@@ -287,13 +248,7 @@ class Trainer:
         if job is None or job.state not in ("running", "paused"):
             self._forget(running)
             return
-        message = "An internal error ended the job; the server's log has the cause."
-        if fault.code == OUT_OF_MEMORY:
-            where = f" in step {step}, also in small parts" if running.faults > _FAULTS_ALLOWED else ""
-            message = (
-                f"Memory ran out{where}. Train on shorter rows (training.max_length) or with a smaller rank, or start "
-                "the server with a smaller --kv-memory, --adapter-memory or --train-window."
-            )
+        message = told(fault, step, in_parts=running.faults > _FAULTS_ALLOWED)
         self._aside(running, partial(job.fail, fault.code, message), None)
 
     # ------------------------------------------------------------------ opening and leaving
@@ -323,15 +278,15 @@ class Trainer:
 
     def _leave_sweeps(self, running: RunningJob) -> None:
         running.drop_step()
-        for sweep_id, sweep in list(self._live.by_id.items()):
-            if sweep_id not in self._live.by_id or all(step.job_id != running.job_id for step in sweep.steps):
+        for sweep_id, sweep in list(self.live.by_id.items()):
+            if sweep_id not in self.live.by_id or all(step.job_id != running.job_id for step in sweep.steps):
                 continue
             others = [step for step in sweep.steps if step.job_id != running.job_id]
-            leave = partial(self._live.drop, sweep_id, running.job_id)
+            leave = partial(self.live.drop, sweep_id, running.job_id)
             fault = attempt("taking a job out of a sweep", leave) if others else None
             if others and fault is None:
                 continue
-            self._live.remove(sweep_id)
+            self.live.remove(sweep_id)
             for step in others:  # its rows are part old, part new: nobody can go on with it
                 other = self._jobs.get(step.job_id)
                 if other is not None and other.step is step and fault is not None:
@@ -357,4 +312,4 @@ class Trainer:
             SweepJob(job.job_id, job.tenant, self._shares.weight(job.tenant), job.priority)
             for job in jobs if job is not None
         )  # fmt: skip
-        return self._live.state(sweep_id, known)
+        return self.live.state(sweep_id, known)

@@ -55,3 +55,22 @@ def device_lost(error: BaseException) -> bool:
     if isinstance(error, RuntimeError) and _NO_MORE_PRODUCTS in str(error):
         return True
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
+def told(fault: Fault, step: int | None, *, in_parts: bool) -> str:
+    """What a job that ends with `fault` says; `in_parts`: the step was also tried in small ones."""
+    if fault.code != OUT_OF_MEMORY:
+        return "An internal error ended the job; the server's log has the cause."
+    where = f" in step {step}, also in small parts" if in_parts else ""
+    return (
+        f"Memory ran out{where}. Train on shorter rows (training.max_length) or with a smaller rank, or start the "
+        "server with a smaller --kv-memory, --adapter-memory or --train-window."
+    )
+
+
+def row_too_long(tokens: int, most: int) -> tuple[str, str]:
+    """(code, message) for a job with a row of `tokens` tokens where the activations of `most` can be kept."""
+    return OUT_OF_MEMORY, (
+        f"A row of {tokens} tokens needs more activation memory than there is: it holds {most} tokens. Train on "
+        "shorter rows (training.max_length), or start the server with a larger --activation-memory."
+    )

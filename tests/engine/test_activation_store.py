@@ -15,11 +15,12 @@ from coserve.server.engine.activation_store import ActivationStore, StoreLayout
 from coserve.server.engine.backward import run_backward_unit
 from coserve.server.engine.forward import run_sweep_layers
 from coserve.server.engine.head import run_head_unit
+from coserve.server.engine.job_step import TrainSequence
 from coserve.server.engine.kv_cache import KVCache, LayerShape
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.row_pages import RowPages, blocks_of, density, rows_in
 from coserve.server.engine.shapes import layer_shapes
-from coserve.server.engine.sweep import Sweep, TrainSequence
+from coserve.server.engine.sweep import Sweep
 
 SIZE = 4  # tokens of a block
 
@@ -64,7 +65,9 @@ class Trained:
 
     def __init__(self, architecture: str, *, save: bool = True) -> None:
         self.model = engine_model(architecture, torch.float64)
-        self.oracles = {name: PeftOracle(architecture, torch.float64, rank, rank) for name, rank in (("a", 3), ("b", 5))}
+        self.oracles = {
+            name: PeftOracle(architecture, torch.float64, rank, rank) for name, rank in (("a", 3), ("b", 5))
+        }
         self.rows = {"a": random_rows([9, 14], 90, 1), "b": random_rows([11, 6], 90, 2)}
         self.steps = {name: new_step(name, self.oracles[name], self.rows[name]) for name in self.oracles}
         sequences = [

@@ -13,9 +13,9 @@ from peft_oracle import training_rows
 from stepped_engine import DIGEST, SteppedEngine
 from torch import Tensor
 
+from coserve.server.engine.job_step import JobStep
 from coserve.server.engine.kv_cache import KVCache, block_bytes
 from coserve.server.engine.shapes import layer_shapes
-from coserve.server.engine.sweep import JobStep
 from coserve.server.wire.messages import StartJob, TenantShare
 
 torch.set_num_threads(1)
@@ -78,7 +78,7 @@ def test_a_jobs_masters_moments_gradients_and_activations(tmp_path):
         nonlocal largest
         sweeps = list(engine.trainer.sweeps.values())
         stored = engine.holdings.by_holder()["activations"]
-        assert stored == engine.trainer.held_blocks * engine.cache.block_bytes + taken(within(sweeps, set()))
+        assert stored == engine.trainer.live.blocks * engine.cache.block_bytes + taken(within(sweeps, set()))
         largest = max(largest, stored)
         return any(sweep.dy is not None and sweep.layer == 0 for sweep in sweeps)
 
@@ -89,7 +89,7 @@ def test_a_jobs_masters_moments_gradients_and_activations(tmp_path):
     assert held["training_state"] == taken(masters) == sum(4 * t.numel() for t in masters)
     assert held["gradients"] == taken(t for pair in running.step.grads.values() for t in pair) > 0
     assert 0 < held["activations"] <= largest
-    assert held["kv_cache"] + engine.trainer.held_blocks * engine.cache.block_bytes == taken(engine.cache.cells)
+    assert held["kv_cache"] + engine.trainer.live.blocks * engine.cache.block_bytes == taken(engine.cache.cells)
     engine.until(lambda: running.job.step == 1)
     a_count = 4  # of its steps, which torch keeps with each parameter
     assert engine.holdings.by_holder()["training_state"] == 3 * taken(masters) + a_count * len(masters)

@@ -15,8 +15,9 @@ from coserve.server.engine.attention import ATTENTION_NAME, register
 from coserve.server.engine.backward import run_backward_unit
 from coserve.server.engine.forward import PackedPass, SweepPart, finish_window, run_packed, run_sweep_layers
 from coserve.server.engine.head import run_head_unit
+from coserve.server.engine.job_step import JobStep, TrainSequence
 from coserve.server.engine.model import BaseModel
-from coserve.server.engine.sweep import JobStep, Sweep, TrainSequence
+from coserve.server.engine.sweep import Sweep
 
 
 @dataclass

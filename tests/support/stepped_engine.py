@@ -52,13 +52,13 @@ class SentMessages(EngineSocket):
 
 
 class SteppedEngine:
-    """Llama at toy size in float32. Bytes of the pool, blocks of 16 tokens: `activation_blocks` of them more for training,
-    or none, and then it may have them all."""
+    """Llama at toy size in float32. Bytes of the pool, blocks of 16 tokens: `activation_blocks` of them more for
+    training, or none, and then it may have them all."""
 
     def __init__(
-        self, data_dir: Path, *, blocks: int = 64, activation_blocks: int = 0, pool_bytes: int = 2**20, architecture: str = "llama",
-        backend: Any = None, device: Any = "cpu", graphs_of: Any = None, itl: float = 1.0, ahead: bool | None = AHEAD,
-        **options: Any,
+        self, data_dir: Path, *, blocks: int = 64, activation_blocks: int = 0, pool_bytes: int = 2**20,
+        architecture: str = "llama", backend: Any = None, device: Any = "cpu", graphs_of: Any = None,
+        itl: float = 1.0, ahead: bool | None = AHEAD, **options: Any,
     ) -> None:  # fmt: skip
         self.data_dir = data_dir
         self.model = model = engine_model(architecture, torch.float32, backend=backend, device=device)
@@ -69,7 +69,9 @@ class SteppedEngine:
         self.requests = RequestBook(BlockManager(blocks + activation_blocks, 16), 1.0, 1.0)
         values = {"model": "base", "data_dir": data_dir, "socket_path": "", "dtype": "float32", **options}
         blocks += activation_blocks
-        self.cache = cache = KVCache(layer_shapes(model), blocks, 16, torch.float32, device, scratch=model.backend.captures)
+        self.cache = cache = KVCache(
+            layer_shapes(model), blocks, 16, torch.float32, device, scratch=model.backend.captures
+        )
         engine_options = EngineOptions(**values)
         live = LiveSweeps(model, engine_options, self.requests.blocks, cache, activation_blocks or blocks)
         scheduler = Scheduler(SchedulerConfig(itl_seconds=itl))

@@ -91,7 +91,7 @@ def check_giving(state: SchedulerState, plan: Plan, protected: int | None) -> No
         assert all(s.sweep_id in plan.park or not s.blocks for s in ready), "preempted before training gave way"
     gone = {*plan.park, *plan.lean}
     assert gone <= {s.sweep_id for s in ready}, "a protected sweep gave way"
-    assert not (gone and plan.place), "blocks are given and taken at once"
+    assert not ((gone or plan.preempt) and plan.place), "blocks are given and taken at once"
     needed = sum(max(0, -(-r.total_tokens // state.block_size) - r.blocks_held) for r in state.requests)
     if gone:
         assert needed + len(state.requests) > state.free_blocks, "training gave way for nobody"

@@ -259,12 +259,28 @@ def test_nobody_is_kept_back_for_a_step_that_cannot_fit_or_while_another_one_tra
 
 
 def test_sweeps_that_wait_for_memory_neither_run_nor_are_owed_time() -> None:
+    assert worked_on(plan(stream("s1"), step(0, 50, since=100.0), step(1, 5, tenant="u"), free=0)) == {1}
+    for waits in (None, 100.0):
+        scheduler = Scheduler(SchedulerConfig(itl_seconds=1e-6))
+        came, worked = there(stream("s1"), step(0, 5, since=waits), free=0), set()
+        for _ in range(300):  # until the floor would have paid for a unit
+            made = scheduler.plan(came)
+            worked |= worked_on(made)
+            scheduler.observe(made, came, 0.1)
+        assert worked == ({0} if waits is None else set())
+        if waits is not None:
+            assert not worked_on(scheduler.plan(there(stream("s1"), step(0, 5))))
+
+
+def test_a_tenant_whose_only_step_waits_is_there_and_keeps_its_turn() -> None:
     scheduler = Scheduler(CONFIG)
-    came = there(stream("s1"), step(0, 50, since=100.0), step(1, 5, tenant="u"), free=0)
-    made = scheduler.plan(came)
-    assert worked_on(made) == {1}
-    scheduler.observe(made, came, 1.0)
-    assert scheduler.share.served("u") > 0.0
+    waits, trains = step(0, 50, tenant="a", since=100.0), step(1, 5, tenant="b")
+    for now in (100.0, 101.0, 102.0):
+        came = there(waits, trains, free=0, now=now)
+        scheduler.observe(scheduler.plan(came), came, 10.0)
+    assert scheduler.share.served("a") == 0.0 < scheduler.share.served("b")
+    scheduler.plan(there(replace(waits, placed=True), trains, now=103.0))
+    assert scheduler.share.served("a") == 0.0, "it was not lifted as one that comes back"
 
 
 def test_why_a_sweep_waits() -> None:

@@ -161,11 +161,13 @@ class MemoryPolicy:
         if left < 0:
             park, lean = _give_back([*_in_turn(standing.ready, share)][::-1], -left)
             self._parks = {**self._parks, **{i: self._parks.get(i, 0) + 1 for i in park}}
+        elif admission.preempt:
+            pass  # what a request gives back is for requests
         elif standing.claimant is not None:
             if standing.claimant.blocks <= left:
                 self.protected = standing.claimant.sweep_id
                 place = (self.protected,)
-        elif standing.waiting and admission.closed_by != BLOCKS and not admission.preempt:
+        elif standing.waiting and admission.closed_by != BLOCKS:
             place = tuple(self._take(state, standing, left, _wanted(state, admission, behind), share))
         return Moves(runnable(state.sweeps, park, place), park, lean, place)
 

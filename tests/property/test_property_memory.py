@@ -33,35 +33,37 @@ class Case:
     def __post_init__(self) -> None:
         r = self.random = random.Random(self.seed)
         self.world = World(
-            blocks=r.choice((8, 16, 30)), block_size=r.choice((4, 16)), max_running=r.choice((2, 4, 8)),
+            blocks=r.choice((8, 16, 30)), block_size=r.choice((4, 8)), max_running=r.choice((2, 4, 8)),
             itl=r.choice((0.05, 0.5)), noise=r.choice((0.0, 0.3)), seed=self.seed, speed=r.choice((0.3, 3.0)),
         )  # fmt: skip
         world = self.world
         world.card = replace(world.card, copy=r.choice((0.0, 0.002)))
         world.activation_blocks = r.randint(world.blocks // 2, world.blocks)
         self.missing = r.choice((0, 0, world.blocks // 4))  # blocks that something else takes now and then
-        self.config = SchedulerConfig(itl_seconds=world.itl, memory_claim_after=r.choice((0.0, 1.0, 5.0, 5.0)))
+        self.config = SchedulerConfig(itl_seconds=world.itl, memory_claim_after=r.choice((0.0, 1.0, 5.0, 5.0, 5.0)))
         tenants = [(f"t{i}", r.choice((1.0, 3.0))) for i in range(r.randint(1, 3))]
         most = world.block_size * (world.blocks - self.missing)
-        at = r.choice((0.0, 0.2, 0.5)) * world.speed
+        at = r.choice((0.1, 0.3)) * world.speed
         for i in range(r.randint(0, 6)):
             at += r.choice((0.0, 0.0, 0.1, 1.0)) * world.speed
             outputs = r.randint(1, min(10, most - 1))
+            prompt = r.randint(1, min(r.choice((30, 150)), most - outputs))
             tenant, weight = r.choice(tenants)
             self.streams.append(
-                Stream(f"s{i}", at, r.randint(1, min(90, most - outputs)), outputs, tenant=tenant, weight=weight,
-                       slo_class=r.choice(("interactive", "batch")), ttft=r.choice((0.1, 0.1, 2.0)))
+                Stream(f"s{i}", at, prompt, outputs, tenant=tenant, weight=weight, ttft=r.choice((0.0, 0.0, 2.0)),
+                       slo_class=r.choice(("interactive", "batch")))
             )  # fmt: skip
         for i in range(r.randint(1, 4)):
             tenant, weight = r.choice(tenants)
-            priority, rows = r.choice(("normal", "low")), r.randint(1, 80)
+            priority, rows = r.choice(("normal", "low")), r.randint(1, 60)
             most_blocks = min(world.activation_blocks, world.blocks - self.missing)
             blocks = r.randint(most_blocks // 4 * (r.random() < 0.9), most_blocks)
-            came = r.choice((0.0, 0.0, 1.0)) * world.speed
+            lean_blocks = blocks - r.choice((0, r.randint(0, blocks)))
+            came = r.choice((0.0, 0.0, 0.0, 1.0)) * world.speed
             sweep = Sweep(
                 i, rows, r.randint(0, rows), layers=r.randint(1, 4), window=r.choice((16, 32)), priority=priority,
-                jobs=(SweepJob(f"j{i}", tenant, weight, priority),), blocks=blocks, lean_blocks=r.choice((blocks, blocks, r.randint(0, blocks))),
-                placed=False, unplaced_since=came,
+                jobs=(SweepJob(f"j{i}", tenant, weight, priority),), blocks=blocks,
+                lean_blocks=lean_blocks, placed=False, unplaced_since=came,
             )  # fmt: skip
             self.sweeps.append((came, sweep))
 
@@ -89,7 +91,7 @@ def check_giving(state: SchedulerState, plan: Plan, protected: int | None) -> No
         assert all(s.sweep_id in plan.park or not s.blocks for s in ready), "preempted before training gave way"
     gone = {*plan.park, *plan.lean}
     assert gone <= {s.sweep_id for s in ready}, "a protected sweep gave way"
-    assert not (gone and plan.place), "blocks are given and taken at once"
+    assert not ((gone or plan.preempt) and plan.place), "blocks are given and taken at once"
     needed = sum(max(0, -(-r.total_tokens // state.block_size) - r.blocks_held) for r in state.requests)
     if gone:
         assert needed + len(state.requests) > state.free_blocks, "training gave way for nobody"
@@ -112,7 +114,7 @@ def run(case: Case, scheduler: Scheduler, other: Scheduler | None = None) -> Wor
         check_giving(state, plan, scheduler.memory.protected)
         if plan.empty:
             assert not any(s.placed for s in state.sweeps), "a sweep could run"
-            world.now += world.move(plan) + 0.05
+            world.now += world.move(plan) + 0.2
             idle += 1
             assert idle < 400, "nothing runs any more"
             continue
@@ -120,7 +122,7 @@ def run(case: Case, scheduler: Scheduler, other: Scheduler | None = None) -> Wor
         seconds = world.carry_out(plan)
         for s in (scheduler, other):
             if s is not None:
-                s.observe(plan, state, seconds)
+                (s.account if turn % 4 else s.observe)(plan, state, seconds)  # what is learned matters little here
     raise AssertionError(f"not finished: {world.streams} {world.sweeps}")
 
 
@@ -146,7 +148,7 @@ def test_memory_is_never_overdrawn_and_everything_ends_100k(seed: int) -> None:
     check_schedule(seed)
 
 
-@settings(max_examples=100, **QUIET)
+@settings(max_examples=50, **QUIET)
 @given(SEEDS)
 def test_drafts_leave_no_trace_in_memory_and_are_the_plan(seed: int) -> None:
     case = Case(seed)

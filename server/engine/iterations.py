@@ -6,7 +6,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from coserve.scheduler.state import Plan
+
 KINDS = ("decode", "prefill", "train_forward", "head", "train_backward")
+_MOVES = {move: f'coserve_sweep_moves_total{{move="{move}"}}' for move in ("lean", "park", "place")}
 _AHEAD = {used: f'coserve_plans_ahead_total{{used="{used}"}}' for used in ("yes", "no")}
 _KEPT = 2000
 
@@ -38,7 +41,7 @@ class IterationLog:
         self.counters |= dict.fromkeys(
             ("coserve_iterations_total", "coserve_iterations_with_streams_total", "coserve_iterations_in_slo_total",
              "coserve_preemptions_total", "coserve_recomputed_tokens_total", "coserve_busy_seconds_total",
-             *_AHEAD.values()), 0.0,
+             *_AHEAD.values(), *_MOVES.values()), 0.0,
         )  # fmt: skip
         self._itl: list[tuple[str, float]] = []
         self._ttft: list[tuple[str, float]] = []
@@ -66,6 +69,11 @@ class IterationLog:
     def count_ahead(self, used: bool) -> None:
         """A plan was made while the iteration before it ran."""
         self.counters[_AHEAD["yes" if used else "no"]] += 1
+
+    def count_moves(self, plan: Plan) -> None:
+        """Of sweeps, between memory and host."""
+        for move, sweeps in (("lean", plan.lean), ("park", plan.park), ("place", plan.place)):
+            self.counters[_MOVES[move]] += len(sweeps)
 
     def latest(self, limit: int) -> tuple[dict[str, Any], ...]:
         """The newest `limit` records, oldest first."""

@@ -102,7 +102,9 @@ class Engine:
             if request is not None:
                 self._intake.preempt(request)
                 self._iterations.counters["coserve_preemptions_total"] += 1
-        self._trainer.rearrange(plan)
+        if plan.park or plan.lean or plan.place:
+            self._trainer.rearrange(plan)
+            self._iterations.count_moves(plan)
         for request_id in plan.unservable:
             reason = (
                 "the sequence needs more K/V blocks than the server, or its tenant's share of it, has; shorten it, or "

@@ -109,7 +109,7 @@ def main() -> None:
     card = cards()[o.card]
     itl = o.promise * decode_step(card)
     setup = Setup(card, itl, TTFT_STEPS * itl, blocks=16384)
-    config = SchedulerConfig(itl_seconds=itl)
+    config = SchedulerConfig(itl_seconds=itl, layer_windows=card.windows, graph_rows=card.graph_rows)
     makers: dict[str, Callable[[], Any]] = {
         "told apart": lambda: Scheduler(config), "one queue": lambda: OneTenant(Scheduler(config)),
     }  # fmt: skip

@@ -165,7 +165,7 @@ def weight_shapes(model: Path) -> tuple[list[tuple[int, int]], tuple[int, int]]:
 def machine(threads: int, more: dict[str, str] | None = None) -> dict[str, str]:
     """Date, CPU, versions: what figures of another machine cannot be compared without."""
     facts = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": today(),
         "CPU": f"{_cpu_name()}, {cores()} cores, {threads} threads",
         "load before": load_average(),
         "Python": platform.python_version(),
@@ -177,6 +177,10 @@ def machine(threads: int, more: dict[str, str] | None = None) -> dict[str, str]:
             facts[package] = "absent"
     facts["commit"] = commit()
     return {**facts, **(more or {})}
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def load_average() -> str:

@@ -10,14 +10,15 @@ ends. Without running streams nothing needs protection and the chunk is as large
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from math import inf
 
 from coserve.scheduler.admission import Candidate
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Cost, Costs
-from coserve.scheduler.features import ForwardLoad, attention_work
+from coserve.scheduler.features import ForwardLoad
 from coserve.scheduler.state import RequestState
+from coserve.scheduler.traits import Traits
 
 Candidates = tuple[Candidate, ...]
 
@@ -27,8 +28,8 @@ class ChunkPolicy:
         self._config = config
 
     def tokens(
-        self, now: float, candidates: Candidates, decodes: ForwardLoad, adapters: set[str], budget: float, costs: Costs,
-        behind: Iterable[RequestState] = (),
+        self, now: float, candidates: Candidates, decodes: ForwardLoad, adapters: Collection[str], budget: float,
+        costs: Costs, behind: Iterable[RequestState] = (),
     ) -> int:  # fmt: skip
         """Prompt tokens of this iteration, all candidates together; `adapters`: of the decodes; `behind`: prompts that
         wait for nothing but the candidates."""
@@ -37,7 +38,7 @@ class ChunkPolicy:
             return total
 
         def cost(tokens: int) -> Cost:
-            return costs.serving(with_chunks(decodes, candidates, tokens, adapters))
+            return costs.serving(with_chunks(decodes, candidates, tokens, adapters, costs.traits))
 
         found = largest(total, budget, lambda tokens: cost(tokens)[1])
         if found:
@@ -88,18 +89,26 @@ def cut(candidates: Candidates, tokens: int) -> list[tuple[Candidate, int]]:
     return pieces
 
 
-def with_chunks(decodes: ForwardLoad, candidates: Candidates, tokens: int, adapters: set[str]) -> ForwardLoad:
-    """The packed forward with the first `tokens` tokens of the candidates."""
-    rows = work = finished = 0
-    more = set()
+def with_chunks(
+    decodes: ForwardLoad, candidates: Candidates, tokens: int, adapters: Collection[str], traits: Traits
+) -> ForwardLoad:
+    """The packed forward with the first `tokens` tokens of the candidates; `adapters`: of the decodes."""
+    rows = finished = passed = 0
+    work = 0.0
+    more = {}
     for c, n in cut(candidates, tokens):
         r = c.request
         rows += n
-        work += attention_work(r.computed_tokens, n)
+        work += traits.work(r.computed_tokens, n)
         finished += r.computed_tokens + n >= r.total_tokens
-        if r.adapter is not None and r.adapter not in adapters:
-            more.add(r.adapter)
-    return decodes.with_prefill(rows, work, finished, len(more)) if rows else decodes
+        if r.adapter is not None:
+            passed += n * r.adapter_pages
+            if r.adapter not in adapters:
+                more[r.adapter] = r.adapter_pages
+    if not rows:
+        return decodes
+    usual = traits.usual_pages
+    return decodes.with_prefill(rows, work, finished, len(more), sum(more.values()) / usual, passed / usual)
 
 
 def first_token_slack(now: float, candidates: Candidates, tokens: int, seconds: float) -> float:

@@ -30,10 +30,13 @@ class SchedulerConfig:
     quantile: float = 0.99  # of recent iterations beside streams, that end within their upper estimate
     prompt_quantile: float = 0.9  # the same, of prompts' iterations while they are being cut
     margin_share: float = 0.75  # of the budget's room beside the requests: the most that training leaves for surprises
+    layer_windows: tuple[int | None, ...] = ()  # tokens each layer attends to at most (None: all); empty: all of them
+    graph_rows: tuple[int, ...] = ()  # rising; decode rows alone are filled up to one of these and replayed as a graph
+    usual_pages: int = 1  # adapter pages of an adapter of usual size
     forgetting: float = 0.98  # of the latency model: the weight that is left of an observation after the next one
 
     def __post_init__(self) -> None:
-        for name in ("itl_seconds", "max_chunk", "min_chunk", "head_rows", "min_window", "max_units"):
+        for name in ("itl_seconds", "max_chunk", "min_chunk", "head_rows", "min_window", "max_units", "usual_pages"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"scheduler setting {name} must be positive, got {getattr(self, name)}")
         if self.memory_claim_after < 0.0:
@@ -47,5 +50,9 @@ class SchedulerConfig:
             raise ValueError(f"scheduler setting margin_share must be in [0, 1), got {self.margin_share}")
         if not 0.5 < self.forgetting <= 1.0:
             raise ValueError(f"scheduler setting forgetting must be in (0.5, 1], got {self.forgetting}")
+        if any(window is not None and window <= 0 for window in self.layer_windows):
+            raise ValueError(f"scheduler setting layer_windows must be positive or None, got {self.layer_windows}")
+        if list(self.graph_rows) != sorted({rows for rows in self.graph_rows if rows > 0}):
+            raise ValueError(f"scheduler setting graph_rows must be positive and rising, got {self.graph_rows}")
         if self.min_chunk > self.max_chunk:
             raise ValueError(f"min_chunk ({self.min_chunk}) must not exceed max_chunk ({self.max_chunk})")

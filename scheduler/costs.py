@@ -12,42 +12,47 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 from math import sqrt
+from typing import Any
 
 import numpy as np
 
 from coserve.scheduler.features import (
     ROW_KNOTS,
     ForwardLoad,
+    Kind,
     Matrix,
     Vector,
-    attention_work,
-    backward_line,
+    backward_lines,
     base_vector,
     coarse,
-    head_line,
+    head_lines,
     ride_lines,
-    slice_line,
+    slice_lines,
 )
 from coserve.scheduler.latency import LatencyModel, Line
+from coserve.scheduler.progress import SweepProgress
 from coserve.scheduler.state import SweepState
+from coserve.scheduler.traits import attention_work
 
 Cost = tuple[float, float]  # (mean, upper) seconds
-_Pair = tuple[Vector, Vector]  # (what a line starts from, its direction)
-_Pairs = tuple[Matrix, Matrix]  # the same of several sizes
-_MOST_LISTS = 64  # of sizes whose features are kept: most often they are those of a whole window
+_Pair = tuple[Vector | Matrix, Vector | Matrix]  # (what lines start from, their directions)
+_Key = tuple[Any, ...]  # what makes features, of which sizes, and what else they depend on
+_MOST_LISTS = 128  # of sizes whose features are kept: most often they are those of a whole window
 
 
 class Costs:
     """The latency model's answers, each worked out once a plan.
 
-    `whole` is the full size of such a unit: a smaller one never takes longer, however little is known about it.
+    A smaller unit never takes longer than one of full size, however little is known about it.
     """
 
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
-        self._features: dict[tuple[str, tuple[int, ...]], _Pairs] = {}
-        self._streams = np.array([1, *ROW_KNOTS[1:], 2 * ROW_KNOTS[-1]])
-        self._decodes = np.array([base_vector(ForwardLoad(decode_rows=n, logit_rows=n)) for n in self._streams])
+        self.traits = model.traits
+        self._features: dict[_Key, _Pair] = {}
+        replayed = self.traits.graph_rows
+        self._streams = sorted({1, *ROW_KNOTS, 2 * ROW_KNOTS[-1], *replayed, *(n + 1 for n in replayed[-1:])})
+        self._decodes = np.array([base_vector(_streams(n, self.traits.replayed(n))) for n in self._streams])
         self._contexts = base_vector(ForwardLoad(decode_rows=1, decode_context=1)) - base_vector(ForwardLoad(1))
         self.begin()
 
@@ -55,11 +60,12 @@ class Costs:
         """Forget the answers: the model may have learned since."""
         self._boost = self._model.margins.boost
         self._bases: dict[ForwardLoad, tuple[float, float]] = {}  # (mean, deviation)
-        self._lines: dict[tuple[str, tuple[int, ...]], list[Line]] = {}
+        self._lines: dict[_Key, list[Line]] = {}
         self._heads: dict[tuple[int, int, int], Cost] = {}
-        self._backwards: dict[tuple[int, int], Cost] = {}
-        self._rides: dict[tuple[tuple[int, ...], int], list[Line]] = {}
-        self._slices: dict[tuple[tuple[int, ...], int, int, float, int], tuple[int, int, Cost] | None] = {}
+        self._backwards: dict[tuple[int, int, Kind], Cost] = {}
+        self._rides: dict[tuple[tuple[int, ...], int, tuple[float, float]], list[Line]] = {}
+        self._placed: dict[tuple[int, int, tuple[int, ...]], tuple[Kind, list[Line]]] = {}  # sweep, layer, sizes
+        self._slices: dict[tuple[object, ...], tuple[int, int, Cost] | None] = {}
         self._ridden: ForwardLoad | None = None
         self._most_margin = float("inf")
 
@@ -91,23 +97,24 @@ class Costs:
 
     def ride(self, load: ForwardLoad, sweep: SweepState, before: int, rows: int) -> Cost:
         """As `base`, with `rows` rows of `sweep` riding along that come after `before` others of its stream."""
-        (line,) = self._ride_lines(load, (rows,), len(sweep.jobs))
-        mean, upper = self._at(line, attention_work(before, rows) / 1e6)
+        (line,) = self._ride_lines(load, (rows,), sweep)
+        mean, upper = self._at(line, self.traits.work(before, rows) / 1e6)
         return mean, upper + self.margin(load)
 
-    def _ride_lines(self, load: ForwardLoad, sizes: tuple[int, ...], jobs: int) -> list[Line]:
+    def _ride_lines(self, load: ForwardLoad, sizes: tuple[int, ...], sweep: SweepState) -> list[Line]:
         if load is not self._ridden:
             self._ridden, self._rides = load, {}
-        lines = self._rides.get((sizes, jobs))
+        key = sizes, len(sweep.jobs), self.traits.adapters(sweep)
+        lines = self._rides.get(key)
         if lines is None:
-            lines = self._rides[sizes, jobs] = self._model.lines(*ride_lines(load, sizes, jobs))
+            lines = self._rides[key] = self._model.lines(*ride_lines(load, *key))
         return lines
 
     def head(self, rows: int, steps: int, of: int, whole: int) -> Cost:
         """`steps` of the `of` sub-steps of a batch of `rows` label rows; `whole` rows are the largest batch."""
         known = self._heads.get((rows, steps, of))
         if known is None:
-            (line,) = self._lines_of("head", (rows,), head_line)
+            (line,) = self._lines_of(head_lines, (rows,))
             known = self._at(line, steps / of)
             if steps < of:
                 known = _no_more_than(known, self.head(rows, of, of, whole))
@@ -116,23 +123,38 @@ class Costs:
             self._heads[rows, steps, of] = known
         return known
 
-    def backward(self, tokens: int, before: int, whole: int) -> Cost:
-        (line,) = self._lines_of("backward", (tokens,), backward_line)
-        return self._backward(line, tokens, before, whole)
+    def backward(self, sweep: SweepProgress, tokens: int) -> Cost:
+        """The unit of its next `tokens` rows, in the layer where it stands."""
+        kind = self._kind(sweep)
+        (line,) = self._lines_of(backward_lines, (tokens,), kind)
+        return self._backward(line, tokens, sweep.rows_before_backward - tokens, sweep.state.window, kind)
 
-    def _backward(self, line: Line, tokens: int, before: int, whole: int) -> Cost:
-        key = (tokens, coarse(before))
+    def _backward(self, line: Line, tokens: int, before: int, whole: int, kind: Kind) -> Cost:
+        before = coarse(before)
+        key = tokens, before, kind
         known = self._backwards.get(key)
         if known is None:
-            known = self._at(line, attention_work(key[1], tokens) / 1e6)
+            known = self._at(line, attention_work(before, tokens, kind[0]) / 1e6)
             if tokens < whole:
-                known = _no_more_than(known, self.backward(whole, before, whole))
+                (largest,) = self._lines_of(backward_lines, (whole,), kind)
+                known = _no_more_than(known, self._backward(largest, whole, before, whole, kind))
             self._backwards[key] = known
         return known
 
-    def slice(self, tokens: int, layers: int, of: int) -> Cost:
-        (line,) = self._lines_of("slice", (tokens,), slice_line)
-        return self._at(line, layers / of)
+    def _kind(self, sweep: SweepProgress) -> Kind:
+        return self.traits.window(sweep.backward_layer), self.traits.adapters(sweep.state)[1]
+
+    def slice(self, sweep: SweepProgress, tokens: int, layers: int) -> Cost:
+        """`layers` layers of the window of its next `tokens` rows, in a pass of its own."""
+        (line,) = self._slice_lines(sweep, (tokens,))
+        return self._at(line, layers / sweep.state.layers)
+
+    def _slice_lines(self, sweep: SweepProgress, sizes: tuple[int, ...]) -> list[Line]:
+        before = coarse(sweep.forward_tokens)
+        return self._lines_of(self._slice_features, sizes, before, self.traits.adapters(sweep.state)[1])
+
+    def _slice_features(self, sizes: tuple[int, ...], before: int, passed: float) -> _Pair:
+        return slice_lines(sizes, [self.traits.work(before, n) for n in sizes], passed)
 
     # Of a long list of sizes most are refused by their mean alone, which is quicker than their upper estimate.
 
@@ -141,11 +163,11 @@ class Costs:
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` with which the packed forward stays within `room` seconds, and what it then costs."""
         margin, boost = (self.margin(load), self._boost) if which else (0.0, 1.0)
-        (smallest,) = self._ride_lines(load, sizes[-1:], len(sweep.jobs))
+        (smallest,) = self._ride_lines(load, sizes[-1:], sweep)
         if boost * smallest[0] + margin > room:
             return None
-        for rows, line in zip(sizes, self._ride_lines(load, sizes, len(sweep.jobs)), strict=True):
-            work = attention_work(before, rows) / 1e6
+        for rows, line in zip(sizes, self._ride_lines(load, sizes, sweep), strict=True):
+            work = self.traits.work(before, rows) / 1e6
             if boost * (line[0] + work * line[1]) + margin <= room:
                 mean, upper = self._at(line, work)
                 cost = mean, upper + self.margin(load)
@@ -154,28 +176,35 @@ class Costs:
         return None
 
     def largest_backward(
-        self, sizes: tuple[int, ...], rows_before: int, window: int, left: float, which: int
+        self, sweep: SweepProgress, sizes: tuple[int, ...], left: float, which: int
     ) -> tuple[int, Cost] | None:
-        """The first of `sizes` whose unit, the last of `rows_before` rows, takes at most `left` seconds; its cost."""
-        boost = self._boost if which else 1.0
-        for tokens, line in zip(sizes, self._lines_of("backward", sizes, backward_line), strict=True):
+        """The first of `sizes` whose backward unit takes at most `left` seconds; its cost."""
+        place = sweep.state.sweep_id, sweep.backward_layer, sizes  # of many units, mostly
+        known = self._placed.get(place)
+        if known is None:
+            kind = self._kind(sweep)
+            known = self._placed[place] = kind, self._lines_of(backward_lines, sizes, kind)
+        kind, lines = known
+        boost, rows, whole = self._boost if which else 1.0, sweep.rows_before_backward, sweep.state.window
+        for tokens, line in zip(sizes, lines, strict=True):
             if boost * line[0] <= left:
-                cost = self._backward(line, tokens, rows_before - tokens, window)
+                cost = self._backward(line, tokens, rows - tokens, whole, kind)
                 if cost[which] <= left:
                     return tokens, cost
         return None
 
     def largest_slice(
-        self, sizes: tuple[int, ...], todo: int, of: int, left: float, which: int
+        self, sweep: SweepProgress, sizes: tuple[int, ...], todo: int, left: float, which: int
     ) -> tuple[int, int, Cost] | None:
         """Which of `sizes` through how many of `todo` more layers moves the most rows x layers in `left` seconds, and
         what it costs; of equals the earlier one."""
-        key = (sizes, todo, of, left, which)
+        of, passed = sweep.state.layers, self.traits.adapters(sweep.state)[1]
+        key = sizes, todo, of, coarse(sweep.forward_tokens), passed, left, which
         if key not in self._slices:
             boost = self._boost if which else 1.0
             best: tuple[int, int, Cost] | None = None
             most_moved = 0
-            for n, line in zip(sizes, self._lines_of("slice", sizes, slice_line), strict=True):
+            for n, line in zip(sizes, self._slice_lines(sweep, sizes), strict=True):
                 if n * todo > most_moved and boost * (line[0] + line[1] / of) <= left:
                     depth = self._layers(line, todo, of, left, which)
                     if n * depth > most_moved:
@@ -188,27 +217,28 @@ class Costs:
 
     def decoding(self, context: int) -> Callable[[int], float]:
         """Mean seconds of a decode step by its streams, which have `context` tokens each: a straight line between two
-        knots of the rows' buckets, of which the logits' are some."""
-        seconds = self._model.means(self._decodes) + self._model.means(self._contexts) * (context * self._streams)
-        knots, values = self._streams.tolist(), seconds.tolist()
+        knots of the rows' buckets, of which the logits' are some, or what the graph for so many costs."""
+        seconds, a_stream = self._model.means(self._decodes).tolist(), self.traits.context([context])
+        a_stream *= float(self._model.means(self._contexts))
+        knots, replayed = self._streams, self.traits.replayed if self.traits.graph_rows else None
 
         def at(streams: int) -> float:
-            i = min(max(bisect_right(knots, streams), 1), len(knots) - 1)
-            slope = (values[i] - values[i - 1]) / (knots[i] - knots[i - 1])
-            return values[i - 1] + slope * (streams - knots[i - 1])
+            rows = replayed(streams) or streams if replayed else streams
+            i = min(max(bisect_right(knots, rows), 1), len(knots) - 1)
+            slope = (seconds[i] - seconds[i - 1]) / (knots[i] - knots[i - 1])
+            return seconds[i - 1] + slope * (rows - knots[i - 1]) + a_stream * streams
 
         return at
 
-    def _lines_of(self, kind: str, sizes: tuple[int, ...], make: Callable[[int], _Pair]) -> list[Line]:
-        key = (kind, sizes)
+    def _lines_of(self, make: Callable[..., _Pair], sizes: tuple[int, ...], *rest: object) -> list[Line]:
+        key = make, sizes, rest
         lines = self._lines.get(key)
         if lines is None:
             pairs = self._features.get(key)
             if pairs is None:
                 if len(self._features) >= _MOST_LISTS:
                     self._features.clear()
-                fixed, slope = zip(*map(make, sizes), strict=True)
-                pairs = self._features[key] = np.array(fixed), np.array(slope)
+                pairs = self._features[key] = make(sizes, *rest)
             lines = self._lines[key] = self._model.lines(*pairs)
         return lines
 
@@ -241,6 +271,10 @@ def most(todo: int, left: float, seconds: Callable[[int], float]) -> int:
 
 def _kind(load: ForwardLoad) -> str:
     return "training" if load.decode_rows + load.prefill_rows else "alone"
+
+
+def _streams(rows: int, graph_rows: int) -> ForwardLoad:
+    return ForwardLoad(decode_rows=rows, logit_rows=rows, graph_rows=graph_rows)
 
 
 def _no_more_than(cost: Cost, larger: Cost) -> Cost:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from coserve.scheduler.features import ForwardLoad, attention_work, base_vector
+from coserve.scheduler.features import ForwardLoad, base_vector
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.state import Plan, RequestState, SchedulerState, SweepState
+from coserve.scheduler.traits import Traits
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +59,30 @@ def row_seconds(model: LatencyModel, rows: int = 64) -> float:
     )
 
 
-def serving_loads(plan: Plan, requests: Mapping[str, RequestState]) -> dict[str, ForwardLoad]:
+def serving_loads(plan: Plan, requests: Mapping[str, RequestState], traits: Traits) -> dict[str, ForwardLoad]:
     """Each tenant's part of the packed forward, without training and adapters."""
-    counts: dict[str, list[int]] = {}  # decode rows, their context, prompt rows, their products, logit rows
+    counts: dict[str, list[float]] = {}  # decode rows, prompt rows, their products, logit rows
+    contexts: dict[str, list[int]] = {}
     for request_id in plan.decodes:
         r = requests[request_id]
-        count = counts.setdefault(r.tenant, [0, 0, 0, 0, 0])
+        count = counts.setdefault(r.tenant, [0, 0, 0, 0])
         count[0] += 1
-        count[1] += r.total_tokens
-        count[4] += 1
+        count[3] += 1
+        contexts.setdefault(r.tenant, []).append(r.total_tokens)
     for p in plan.prefills:
         r = requests[p.request_id]
-        count = counts.setdefault(r.tenant, [0, 0, 0, 0, 0])
-        count[2] += p.tokens
-        count[3] += attention_work(r.computed_tokens, p.tokens)
-        count[4] += r.computed_tokens + p.tokens >= r.total_tokens
-    return {tenant: _load(*count) for tenant, count in counts.items()}
+        count = counts.setdefault(r.tenant, [0, 0, 0, 0])
+        count[1] += p.tokens
+        count[2] += traits.work(r.computed_tokens, p.tokens)
+        count[3] += r.computed_tokens + p.tokens >= r.total_tokens
+    return {
+        tenant: _load(decodes, traits.context(contexts.get(tenant, ())), rows, work, logits)
+        for tenant, (decodes, rows, work, logits) in counts.items()
+    }
 
 
-def _load(decodes: int, context: int, rows: int, work: int, logits: int) -> ForwardLoad:
-    return ForwardLoad(decodes, context, rows, work, logit_rows=logits)
+def _load(decodes: float, context: float, rows: float, work: float, logits: float) -> ForwardLoad:
+    return ForwardLoad(int(decodes), context, int(rows), work, logit_rows=int(logits))
 
 
 def total(loads: Iterable[ForwardLoad]) -> ForwardLoad:
@@ -105,8 +110,11 @@ def serving_cost(plan: Plan, state: SchedulerState, seconds: float, model: Laten
     tenants = {r.tenant for r in requests.values()}
     if len(tenants) < 2:
         return dict.fromkeys(tenants, seconds)
-    loads = serving_loads(plan, requests)
-    price = prices(model, total(loads.values()))
+    loads = serving_loads(plan, requests, model.traits)
+    whole_load = total(loads.values())
+    if not (plan.prefills or plan.rides):
+        whole_load = replace(whole_load, graph_rows=model.traits.replayed(whole_load.rows))
+    price = prices(model, whole_load)
     shares = {tenant: price.of(load) for tenant, load in loads.items()}
     whole = sum(shares.values())
     if whole <= 0.0:

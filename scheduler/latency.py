@@ -31,15 +31,18 @@ from math import sqrt
 import numpy as np
 
 from coserve.scheduler import features as at
-from coserve.scheduler.features import Matrix, PlanFeatures, Vector
+from coserve.scheduler.features import Matrix, Vector
 from coserve.scheduler.margin import Margins
+from coserve.scheduler.plan_features import PlanFeatures
+from coserve.scheduler.traits import Traits
 
 _SMALLEST_SPREAD = 0.02
 _FLOOR = 1e-6  # of the prior variance: less than that is rounding
 # Of work that grows along one direction, x = fixed + s · slope: coefficients in s of its mean (2) and variance (3).
 Line = tuple[float, float, float, float, float]
 _BLOCKS = {
-    "forward": slice(at.FORWARD, at.OVERHEAD),
+    "forward": slice(at.FORWARD, at.GRAPH),
+    "graph": slice(at.GRAPH, at.OVERHEAD),
     "overhead": slice(at.OVERHEAD, at.HEAD),
     "head": slice(at.HEAD, at.BACKWARD),
     "backward": slice(at.BACKWARD, at.SLICE),
@@ -48,7 +51,11 @@ _BLOCKS = {
 
 
 class LatencyModel:
-    def __init__(self, quantile: float, prompt_quantile: float, forgetting: float) -> None:
+    def __init__(
+        self, quantile: float, prompt_quantile: float, forgetting: float, traits: Traits | None = None
+    ) -> None:
+        """`traits`: None is a model of equal layers that runs without graphs."""
+        self.traits = traits or Traits()
         self.margins = Margins(quantile, prompt_quantile)
         self._forgetting = 1.0 / forgetting - 1.0
         self._theta = _prior()
@@ -69,19 +76,15 @@ class LatencyModel:
         """Mean seconds of one vector, or of each of n."""
         return np.asarray(x @ self._theta)
 
-    def lines(self, fixed: Matrix, slope: Matrix) -> list[Line]:
-        """The lines of n kinds of work; `fixed` and `slope` are [n, SIZE]."""
-        covered = fixed @ self._covariance
-        return list(
-            zip(
-                (fixed @ self._theta).tolist(),
-                (slope @ self._theta).tolist(),
-                (covered * fixed).sum(1).tolist(),
-                (2.0 * (covered * slope).sum(1)).tolist(),
-                ((slope @ self._covariance) * slope).sum(1).tolist(),
-                strict=True,
-            )
-        )
+    def lines(self, fixed: Vector | Matrix, slope: Vector | Matrix) -> list[Line]:
+        """The lines of n kinds of work: one of the two is [n, SIZE], the other [SIZE] and the same for all."""
+        many, one = (fixed, slope) if slope.ndim == 1 else (slope, fixed)
+        covered, n = many @ self._covariance, len(many)
+        of_many = (many @ self._theta).tolist(), (covered * many).sum(1).tolist()
+        of_one = [float(one @ self._theta)] * n, [float(one @ self._covariance @ one)] * n
+        both = (2.0 * (covered @ one)).tolist()
+        (mean0, var0), (mean1, var2) = (of_many, of_one) if slope.ndim == 1 else (of_one, of_many)
+        return list(zip(mean0, mean1, var0, both, var2, strict=True))
 
     def predict(self, features: PlanFeatures) -> tuple[float, float]:
         """(mean, upper) seconds of a whole iteration."""
@@ -132,7 +135,7 @@ class LatencyModel:
                 rest += features.forward
             else:
                 left -= forward
-                self._update("forward", features.forward, forward)
+                self._update("graph" if features.forward[at.GRAPH] else "forward", features.forward, forward)
         # Units of one shape are one observation of their mean: a plan may hold hundreds of them.
         shapes: dict[int, tuple[Vector, list[float]]] = {}
         for index, x in enumerate(features.units):
@@ -246,14 +249,17 @@ def _prior() -> Vector:
     theta[at.DECODE : at.DECODE + 2] = (0.002, 0.02)
     theta[at.PREFILL : at.PREFILL + 2] = (0.002, 0.05)
     theta[at.RIDE : at.RIDE + 3] = (0.01, 0.01, 0.05)
-    theta[at.ADAPTERS] = 0.02
+    theta[at.ADAPTERS : at.ADAPTERS + 3] = (0.01, 0.01, 0.005)
+    graph = (0.06, 0.01, 0.02, 0.06, 0.2)
+    theta[at.GRAPH : at.GRAPH + len(graph)] = graph
     theta[at.OVERHEAD] = 0.002
     theta[at.HEAD] = 0.001
     theta[at.HEAD + 1 : at.HEAD + 1 + len(head)] = (0.08, 0.04, 0.08, 0.2, 0.6)
     unit = (0.008, 0.002, 0.003, 0.005, 0.009, 0.017, 0.033, 0.066, 0.13)
     theta[at.BACKWARD : at.BACKWARD + len(unit)] = unit
-    theta[at.BACKWARD + len(unit)] = 0.01
+    theta[at.BACKWARD + len(unit) : at.BACKWARD + len(unit) + 3] = (0.01, 0.002, 0.001)
     theta[at.SLICE] = 0.001
     sliced = (0.08, 0.05, 0.06, 0.04, 0.03, 0.07, 0.25, 0.5, 1.0)
     theta[at.SLICE + 1 : at.SLICE + 1 + len(sliced)] = sliced
+    theta[at.SLICE + 1 + len(sliced) : at.SLICE + 3 + len(sliced)] = (0.05, 0.01)
     return theta

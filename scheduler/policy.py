@@ -37,22 +37,18 @@ from coserve.scheduler.costs import Costs
 from coserve.scheduler.crowd import Crowd
 from coserve.scheduler.device_cost import device_cost, row_seconds
 from coserve.scheduler.fairness import FairShare
-from coserve.scheduler.features import (
-    ForwardLoad,
-    PlanFeatures,
-    forward_vector,
-    plan_features,
-    plan_load,
-)
+from coserve.scheduler.features import decode_load, forward_vector
 from coserve.scheduler.forecast import JobForecast, JobWork, forecast
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.margin import Errors
 from coserve.scheduler.memory import MemoryPolicy, copies, runnable, waits
+from coserve.scheduler.plan_features import PlanFeatures, plan_features, plan_load
 from coserve.scheduler.queue import QueueClock, Queued
 from coserve.scheduler.rates import TrainingRate
 from coserve.scheduler.state import Plan, Prefill, RequestState, SchedulerState, SweepState
 from coserve.scheduler.training import TrainingPolicy
+from coserve.scheduler.traits import Traits
 
 # How much later than expected a draft may begin, as a share of the inter-token promise. Deliveries vary by so much, and
 # to plan anew would take longer.
@@ -76,7 +72,8 @@ class Draft:
 class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.model = LatencyModel(config.quantile, config.prompt_quantile, config.forgetting)
+        self.traits = Traits(config.layer_windows, config.graph_rows, config.usual_pages)
+        self.model = LatencyModel(config.quantile, config.prompt_quantile, config.forgetting, self.traits)
         self.share = FairShare(config.credit, config.remembered)
         self._admission = AdmissionPolicy(config)
         self.memory = MemoryPolicy(config)
@@ -145,15 +142,10 @@ class Scheduler:
             moves = memory.decide(state, standing, admission, policy.behind(state), share)
         budget = self._budget(state, admission.decodes)
         adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
-        decode_load = ForwardLoad(
-            decode_rows=len(admission.decodes),
-            decode_context=sum(r.total_tokens for r in admission.decodes),
-            logit_rows=len(admission.decodes),
-            adapters=len(adapters),
-        )
+        decodes = decode_load(admission.decodes, self.traits)
         behind = policy.behind(state)
-        tokens = self._chunks.tokens(state.now, admission.candidates, decode_load, adapters, budget, costs, behind)
-        load = with_chunks(decode_load, admission.candidates, tokens, adapters)
+        tokens = self._chunks.tokens(state.now, admission.candidates, decodes, adapters, budget, costs, behind)
+        load = with_chunks(decodes, admission.candidates, tokens, adapters, self.traits)
         serving = costs.serving(load)
         slack = first_token_slack(state.now, admission.candidates, tokens, serving[1])
         chunks = cut(admission.candidates, tokens)
@@ -200,7 +192,7 @@ class Scheduler:
         """
         if plan.empty:
             return
-        features = plan_features(plan, state)
+        features = plan_features(plan, state, self.traits)
         trained = self._trained_seconds(plan, state, features, seconds)
         if not copies(plan, state):
             self.model.observe(features, seconds, parts)
@@ -209,7 +201,7 @@ class Scheduler:
     def account(self, plan: Plan, state: SchedulerState, seconds: float) -> None:
         """Charge `seconds` to whom `plan` served, and learn nothing: something of it did not run as planned."""
         if not plan.empty:
-            features = plan_features(plan, state)
+            features = plan_features(plan, state, self.traits)
             self._settle(plan, state, seconds, self._trained_seconds(plan, state, features, seconds))
 
     def queue(self, state: SchedulerState) -> tuple[Queued, ...]:
@@ -270,7 +262,7 @@ class Scheduler:
             trained[unit.sweep_id] = trained.get(unit.sweep_id, 0.0) + mean
         if plan.rides and features.forward is not None:
             requests = {r.request_id: r for r in state.requests}
-            without = plan_load(replace(plan, rides=()), requests, {})
+            without = plan_load(replace(plan, rides=()), requests, {}, self.traits)
             rest = self.model.part(forward_vector(without))[0] if without.rows else 0.0
             extra = max(0.0, self.model.part(features.forward)[0] - rest)
             rows = sum(r.tokens for r in plan.rides)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import exp
 
-from coserve.scheduler.features import ForwardLoad, attention_work, backward_vector, base_vector, head_vector
+from coserve.scheduler.features import ForwardLoad, backward_vector, base_vector, head_vector
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.state import BackwardUnit, ForwardUnit, Plan, SchedulerState, SweepState
 
@@ -52,11 +52,15 @@ def prices(model: LatencyModel, shape: WorkShape, head_rows: int) -> Prices:
     """Of the middle window of a stream; a unit's cost is linear in the rows before it."""
     rows = max(1, min(shape.window, shape.stream))
     before = (max(shape.stream, rows) - rows) // 2
-    load = ForwardLoad().with_ridden(rows, attention_work(before, rows), 1)
+    traits = model.traits
+    load = ForwardLoad().with_ridden(rows, traits.work(before, rows), 1, 1.0, rows)
+    layer = sum(
+        share * float(model.means(backward_vector(rows, before, (window, 1.0)))) for window, share in traits.kinds
+    )
     return Prices(
         forward=float(model.means(base_vector(load))) / rows,
         head=float(model.means(head_vector(head_rows, 1.0))) / head_rows,
-        backward=shape.layers * float(model.means(backward_vector(rows, before))) / rows,
+        backward=shape.layers * layer / rows,
     )
 
 

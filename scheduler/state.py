@@ -61,6 +61,7 @@ class SweepJob:
     weight: float
     priority: str  # "normal" | "low"
     rows: int = 0  # of the sweep's stream that are this job's; 0: not known, all jobs alike
+    adapter_pages: int = 0  # of its adapter in the pool, which all of its rows pass through; 0: not known
 
 
 @dataclass(frozen=True, slots=True)

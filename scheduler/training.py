@@ -30,9 +30,10 @@ from coserve.scheduler.costs import Cost, Costs, most
 from coserve.scheduler.features import ForwardLoad
 from coserve.scheduler.progress import SweepProgress
 from coserve.scheduler.state import Ride, SweepState, Unit
+from coserve.scheduler.traits import Traits
 
 PRIORITIES = ("normal", "low")
-Stand = tuple[int, ...]
+Stand = tuple[float, ...]
 _MOST_REFUSED = 8  # sweeps that stand elsewhere and find no room: what is left is too little to ask all jobs
 
 
@@ -45,6 +46,7 @@ def priority_of(sweep: SweepState) -> str:
 class TrainingPlan:
     """Rides and units planned so far, and what the iteration costs with them."""
 
+    traits: Traits
     load: ForwardLoad  # of the packed forward, rides included
     base: Cost  # of the packed forward and the overhead
     mean: float  # of the whole iteration
@@ -59,7 +61,7 @@ class TrainingPlan:
 
     def add_ride(self, sweep: SweepProgress, tokens: int, base: Cost) -> None:
         """`base`: what the packed forward costs with it."""
-        self.load = self.load.with_ride(sweep.state, sweep.forward_tokens, tokens)
+        self.load = self.load.with_ride(sweep.state, sweep.forward_tokens, tokens, self.traits)
         self.rides.append(sweep.ride(tokens))
         self.mean += base[0] - self.base[0]
         self.upper += base[1] - self.base[1]
@@ -92,7 +94,7 @@ class TrainingPolicy:
         if load.rows:
             costs.leave_room(load, budget, self._config.margin_share)
         base = costs.base(load)
-        plan = TrainingPlan(load, base, *base)
+        plan = TrainingPlan(costs.traits, load, base, *base)
         queues = {p: _Queue(sweeps, p) for p in PRIORITIES}
         due = next((q for q in queues.values() if q.first is not None and self._is_due(q, plan, costs)), None)
         order = chain(queues["normal"], queues["low"])
@@ -126,17 +128,15 @@ class TrainingPolicy:
     def _next_whole(self, sweep: SweepProgress, plan: TrainingPlan, costs: Costs) -> float:
         """Mean seconds of the sweep's next unit at its full size. The floor pays for whole units only: one late
         iteration for a large one, not many for small ones, which take longer together."""
-        layers = sweep.state.layers
         rows = sweep.next_head(self._config.head_rows)
         if sweep.forward_done and rows:
             return self._head_cost(sweep, rows, sweep.head_steps_left, costs)[0]
         if sweep.forward_done:
-            tokens = sweep.next_backward()
-            return costs.backward(tokens, sweep.rows_before_backward - tokens, sweep.state.window)[0]
+            return costs.backward(sweep, sweep.next_backward())[0]
         tokens = sweep.next_forward()
         if sweep.can_ride():
             return costs.ride(plan.load, sweep.state, sweep.forward_tokens, tokens)[0] - plan.base[0]
-        return costs.slice(tokens, layers - sweep.partial_layer, layers)[0]
+        return costs.slice(sweep, tokens, sweep.state.layers - sweep.partial_layer)[0]
 
     # Training alone: fixed cuts.
 
@@ -161,7 +161,7 @@ class TrainingPolicy:
             plan.add_unit(sweep.head(rows, steps), cost)
         elif sweep.partial_tokens:
             tokens, depth = sweep.partial_tokens, layers - sweep.partial_layer
-            cost = costs.slice(tokens, depth, layers)
+            cost = costs.slice(sweep, tokens, depth)
             if cost[1] > left:
                 return False
             plan.add_unit(sweep.forward(tokens, depth), cost)
@@ -175,7 +175,7 @@ class TrainingPolicy:
             plan.add_ride(sweep, tokens, base)
         else:
             tokens = sweep.next_backward()
-            cost = costs.backward(tokens, sweep.rows_before_backward - tokens, sweep.state.window)
+            cost = costs.backward(sweep, tokens)
             if cost[1] > left:
                 return False
             plan.add_unit(sweep.backward(tokens), cost)
@@ -186,7 +186,7 @@ class TrainingPolicy:
     def _fill_beside(self, order: Iterable[SweepProgress], plan: TrainingPlan, budget: float, costs: Costs) -> None:
         for sweep in order:
             # What does not fit now fits less later, unless a ride changes what others cost.
-            if plan.refused and _stand(sweep) in plan.refused:
+            if plan.refused and _stand(sweep, plan.traits) in plan.refused:
                 continue
             while True:
                 full = plan.upper >= budget or len(plan.units) >= self._config.max_units
@@ -195,7 +195,7 @@ class TrainingPolicy:
                 if sweep.done:
                     break
                 if not self._add_beside(sweep, plan, budget, costs):
-                    plan.refused.add(_stand(sweep))
+                    plan.refused.add(_stand(sweep, plan.traits))
                     break
 
     def _add_beside(
@@ -211,7 +211,7 @@ class TrainingPolicy:
         if rows or not sweep.forward_done:
             return rows > 0 and self._add_head(sweep, rows, plan, left, which, costs)
         sizes = self._fine_sizes(sweep.next_backward())
-        unit = costs.largest_backward(sizes, sweep.rows_before_backward, sweep.state.window, left, which)
+        unit = costs.largest_backward(sweep, sizes, left, which)
         if unit is not None:
             plan.add_unit(sweep.backward(unit[0]), unit[1])
         return unit is not None
@@ -242,7 +242,7 @@ class TrainingPolicy:
         # The window that leaves the least of the budget unused, not the quickest one: what is left is lost.
         todo = layers - (sweep.partial_layer if sweep.partial_tokens else 0)
         sizes = (whole,) if sweep.partial_tokens else self._fine_sizes(whole)
-        unit = costs.largest_slice(sizes, todo, layers, left, which)
+        unit = costs.largest_slice(sweep, sizes, todo, left, which)
         if ride is not None and (unit is None or ride[0] * layers >= unit[0] * unit[1]):
             plan.add_ride(sweep, *ride)
         elif unit is not None:
@@ -282,11 +282,12 @@ class _Queue:
             yield from self._rest
 
 
-def _stand(sweep: SweepProgress) -> Stand:
+def _stand(sweep: SweepProgress, traits: Traits) -> Stand:
     """Whatever the cost of a sweep's next unit depends on."""
     state = sweep.state
     return (
-        state.layers, state.window, state.stream_tokens, len(state.jobs), state.head_steps, sweep.forward_tokens,
+        state.layers, state.window, state.stream_tokens, len(state.jobs), *traits.adapters(state), state.head_steps,
+        traits.window(sweep.backward_layer) or 0, sweep.forward_tokens,
         sweep.partial_tokens, sweep.partial_layer, sweep.ridden, sweep.sliced, sweep.head_ready, sweep.head_left,
         sweep.head_partial_rows, sweep.head_partial_steps, sweep.backward_tokens,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from coserve.scheduler.simulation.cards import Card
 from coserve.scheduler.simulation.device import Device
 from coserve.scheduler.simulation.policies import Policy
 from coserve.scheduler.simulation.streams import Stream, Sweep
-from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Plan, Prefill, Ride
+from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Plan, Prefill, Ride, SweepJob
 
 _CONTEXT = 64
 _WINDOWS = (16, 64, 256)
@@ -30,7 +30,8 @@ def calibrate(policy: Policy, card: Card, window: int, seed: int = 0) -> None:
 def _window(policy: Policy, device: Device, rows: int) -> None:
     layers, steps = device.card.layers, device.card.head_steps
     for ride in (True, False):
-        sweep = Sweep(0, rows, rows - 1, layers=layers, window=rows, head_steps=steps)
+        job = SweepJob("calibration", "", 1.0, "normal", adapter_pages=1)
+        sweep = Sweep(0, rows, rows - 1, layers=layers, window=rows, head_steps=steps, jobs=(job,))
         device.sweeps = [sweep]
         if ride:
             _observe(policy, device, Plan(rides=(Ride(0, rows),)))

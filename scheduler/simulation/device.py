@@ -7,11 +7,13 @@ free, an adapter that is not resident. It knows nothing of how a plan came about
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from coserve.scheduler.features import ForwardLoad
 from coserve.scheduler.simulation.cards import Card
-from coserve.scheduler.simulation.streams import Stream, Sweep, require
+from coserve.scheduler.simulation.streams import Stream, Sweep, products, require
 from coserve.scheduler.state import (
     BackwardUnit,
     HeadUnit,
@@ -48,10 +50,12 @@ class Device:
     resident: dict[str, float] = field(default_factory=dict)  # adapter -> last use
     gaps: list[float] = field(default_factory=list)  # between tokens of streams that were never preempted
     admissions: list[str] = field(default_factory=list)
-    limits: dict[str, TenantLimit] = field(default_factory=dict)  # an adapter is one page
+    limits: dict[str, TenantLimit] = field(default_factory=dict)
+    pages: dict[str, int] = field(default_factory=dict)  # of adapters that have more than one
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self._windows = Counter(self.card.windows or (None,))  # how many layers have each
 
     @property
     def free(self) -> int:
@@ -95,8 +99,11 @@ class Device:
             ttft_deadline=s.arrived + s.ttft,
             itl_deadline=None if s.last_token is None else s.last_token + (s.itl or self.itl),
             running=s.running,
-            adapter_pages=s.adapter is not None,
+            adapter_pages=self._pages(s.adapter),
         )
+
+    def _pages(self, adapter: str | None) -> int:
+        return 0 if adapter is None else self.pages.get(adapter, 1)
 
     def load_adapter(self, wanted: tuple[str, ...]) -> bool:
         """Load the most urgent missing adapter, evicting one that is not wanted; False if all are there."""
@@ -122,16 +129,27 @@ class Device:
         decodes = [by_name[name] for name in plan.decodes]
         adapters = {s.adapter for s in decodes} | {s.adapter for s, _ in chunks}
         rides = [(sweeps[r.sweep_id], r.tokens) for r in plan.rides]
+        jobs = [job for s, _ in rides for job in s.jobs]
+        passed = sum(n * self._pages(s.adapter) for s, n in [*((s, 1) for s in decodes), *chunks])
         return ForwardLoad(
             decode_rows=len(decodes),
-            decode_context=sum(s.total for s in decodes),
+            decode_context=self._of_a_layer(lambda w: sum(min(s.total, w or s.total) for s in decodes)),
             prefill_rows=sum(n for _, n in chunks),
-            prefill_work=sum(n * s.computed + n * (n + 1) // 2 for s, n in chunks),
+            prefill_work=self._of_a_layer(
+                lambda w: sum(products(s.computed + n, w) - products(s.computed, w) for s, n in chunks)
+            ),
             ride_rows=sum(n for _, n in rides),
-            ride_work=sum(s.work(s.forwarded + n, n) for s, n in rides),
+            ride_work=self._of_a_layer(lambda w: sum(s.work(s.forwarded + n, n, w) for s, n in rides)),
             logit_rows=len(decodes) + sum(s.computed + n >= s.total for s, n in chunks),
-            adapters=len(adapters - {None}) + sum(len(s.jobs) for s, _ in rides),
+            adapters=len(adapters - {None}) + len(jobs),
+            adapter_sizes=sum(self._pages(a) for a in adapters) + sum(job.adapter_pages for job in jobs),
+            adapter_rows=passed + sum(n * s.row_pages for s, n in rides),
+            graph_rows=0 if chunks or rides else self.card.replayed(len(decodes)),
         )
+
+    def _of_a_layer(self, count: Callable[[int | None], float]) -> float:
+        """The mean over the layers of what depends on their windows."""
+        return sum(layers * count(window) for window, layers in self._windows.items()) / self._windows.total()
 
     def forward_seconds(self, plan: Plan) -> float:
         return self.card.forward_seconds(self.load(plan))
@@ -143,8 +161,12 @@ class Device:
             return self.card.head_seconds(unit.rows, unit.steps)
         if isinstance(unit, BackwardUnit):
             end = sweep.rows - sweep.layer_rows
-            return self.card.backward_seconds(unit.tokens, sweep.work(end, min(unit.tokens, end)))
-        return self.card.slice_seconds(unit.tokens, unit.layers, sweep.work(sweep.forwarded + unit.tokens, unit.tokens))
+            window = self.card.windows[sweep.layer] if self.card.windows else None
+            return self.card.backward_seconds(
+                unit.tokens, sweep.work(end, min(unit.tokens, end), window), sweep.row_pages
+            )
+        work = self._of_a_layer(lambda w: sweep.work(sweep.forwarded + unit.tokens, unit.tokens, w))
+        return self.card.slice_seconds(unit.tokens, unit.layers, work, sweep.row_pages)
 
     def parts(self, plan: Plan) -> Parts:
         """Seconds of the forward (if it has rows) and of every unit."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from coserve.scheduler.features import ForwardLoad
 from coserve.scheduler.simulation.cards import Card, Curve
 
 _TOGETHER = 16  # records that are summed
@@ -52,6 +53,7 @@ def fit(card: Card, records: Sequence[Mapping[str, Any]]) -> Fit:
         card,
         name=f"{card.name}, fitted",
         forward=_scaled(card.forward, passes), logits=_scaled(card.logits, passes),
+        replay=None if card.replay is None else _scaled(card.replay, passes),
         ride=passes * card.ride, slice=passes * card.slice, adapter=passes * card.adapter,
         context=passes * card.context, head=_scaled(card.head, head), head_unit=head * card.head_unit,
         backward=_scaled(card.backward, backward),
@@ -62,8 +64,8 @@ def fit(card: Card, records: Sequence[Mapping[str, Any]]) -> Fit:
 def _costs(card: Card, tokens: Mapping[str, float]) -> tuple[float, float, float]:
     """Seconds of an iteration's passes, head and backward units on `card`, training in typical cuts."""
     decode, prefill = int(tokens.get("decode", 0)), int(tokens.get("prefill", 0))
-    passes = card.forward(decode + prefill) if decode + prefill else 0.0
-    passes += card.logits(decode) if decode else 0.0
+    graph = 0 if prefill or tokens.get("train_forward") else card.replayed(decode)
+    passes = card.forward_seconds(ForwardLoad(decode, 0, prefill, logit_rows=decode, graph_rows=graph))
     passes += float(tokens.get("train_forward", 0.0)) * card.slice_seconds(_WINDOW, card.layers) / _WINDOW
     head = float(tokens.get("head", 0.0)) * card.head_seconds(_BATCH, card.head_steps) / _BATCH
     backward = float(tokens.get("train_backward", 0.0)) * card.layers * card.backward(_WINDOW) / _WINDOW

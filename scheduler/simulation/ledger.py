@@ -21,6 +21,7 @@ class Setup:
     block_size: int = 16
     max_running: int = 64
     max_adapters: int = 32
+    adapter_pages: tuple[int, ...] = (1,)  # of adapters, by turns
     adapter_load: float = 0.05  # of one adapter; one at a time, beside the iterations
     sweep_rows: int = 8192  # of one sweep, at most
     activation: float = 0.0  # blocks of activations that a block of training rows takes; 0: they lie elsewhere

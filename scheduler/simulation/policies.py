@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from coserve.scheduler.config import SchedulerConfig
-from coserve.scheduler.features import plan_features
+from coserve.scheduler.plan_features import plan_features
 from coserve.scheduler.policy import Scheduler
 from coserve.scheduler.progress import SweepProgress
 from coserve.scheduler.state import Plan, Ride, SchedulerState, Unit
@@ -85,7 +85,7 @@ class SloLimitedSharing(InferenceOnly):
         upper = 0.0
         for unit in whole_step(state, self.serving.config):
             plan = Plan(units=(*units, unit))
-            upper = self.serving.model.predict(plan_features(plan, state))[1]
+            upper = self.serving.model.predict(plan_features(plan, state, self.serving.traits))[1]
             if upper > slack and not (serving.empty and not units):
                 break
             units.append(unit)

@@ -50,6 +50,7 @@ class _Run:
         self.ledger = Ledger(seconds, setup, jobs=self.jobs)
         self.restarts = sorted((f for f in faults if isinstance(f, Restart)), key=lambda f: f.at)
         self.faults = [f for f in faults if not isinstance(f, Restart)]
+        self.pages: dict[str, int] = {}  # of all adapters that were asked for
         self.device, self.policy = self._new_engine(0.0)
         self.coming: list[tuple[float, int, Stream]] = []
         self.numbered = 0
@@ -60,7 +61,10 @@ class _Run:
 
     def _new_engine(self, now: float) -> tuple[Device, Policy]:
         s, life = self.setup, self.ledger.restarts
-        device = Device(s.card, s.blocks, s.block_size, s.max_running, s.max_adapters, s.itl, self.seed + 1000 * life)
+        device = Device(
+            s.card, s.blocks, s.block_size, s.max_running, s.max_adapters, s.itl, self.seed + 1000 * life,
+            pages=self.pages,
+        )  # fmt: skip
         device.now, device.activation_blocks = now, s.activation_blocks
         policy = self.make_policy()
         calibrate(policy, s.card, s.window, seed=self.seed + 7 + life)
@@ -72,6 +76,8 @@ class _Run:
         if -(-(stream.prompt + stream.outputs) // self.setup.block_size) > self.setup.blocks:
             raise ValueError(f"{stream.name} needs more K/V blocks than the engine has")
         self.numbered += 1
+        if stream.adapter is not None and stream.adapter not in self.pages:
+            self.pages[stream.adapter] = self.setup.adapter_pages[len(self.pages) % len(self.setup.adapter_pages)]
         heapq.heappush(self.coming, (stream.arrived, self.numbered, stream))
 
     def go(self) -> Ledger:
@@ -124,7 +130,7 @@ class _Run:
                 head_steps=card.head_steps, sequence=jobs[0].length,
                 blocks=blocks, lean_blocks=ceil(setup.lean * blocks), placed=not blocks,
                 unplaced_since=self.device.now if blocks else None,
-                jobs=tuple(SweepJob(j.name, j.tenant, j.weight, j.priority) for j in jobs),
+                jobs=tuple(SweepJob(j.name, j.tenant, j.weight, j.priority, adapter_pages=j.pages) for j in jobs),
             )
         )  # fmt: skip
         for job in jobs:

@@ -22,6 +22,12 @@ def require(condition: bool, message: str) -> None:
         raise BrokenPlan(message)
 
 
+def products(rows: int, window: int | None = None) -> int:
+    """Query-key products of the first `rows` causal rows of a sequence, each with at most the last `window`."""
+    seen = rows if window is None else min(rows, window)
+    return seen * (seen + 1) // 2 + (rows - seen) * seen
+
+
 @dataclass
 class Stream:
     """One generation request."""
@@ -104,6 +110,11 @@ class Sweep:
             self.jobs = (SweepJob(f"job-{self.number}", "t", 1.0, self.priority),)
 
     @property
+    def row_pages(self) -> float:
+        """Adapter pages that a row passes through; jobs have as many rows each."""
+        return sum(job.adapter_pages for job in self.jobs) / len(self.jobs)
+
+    @property
     def all_labels(self) -> int:
         return self._labels_before(self.rows)
 
@@ -122,14 +133,14 @@ class Sweep:
         last = min(length, self.rows - whole * length)  # rows of the sequence that `row` lies in
         return whole * min(self.labels, length) + max(0, rest - max(0, last - self.labels))
 
-    def work(self, end: int, rows: int) -> int:
-        """Query-key products of the `rows` causal rows before row `end`, each within its own sequence."""
+    def work(self, end: int, rows: int, window: int | None = None) -> int:
+        """Query-key products of the `rows` causal rows before row `end`, each within its own sequence and `window`."""
         length = self.sequence or self.rows
         total, row = 0, end - rows
         while row < end:
             before = row % length
             count = min(length - before, end - row)
-            total += count * before + count * (count + 1) // 2
+            total += products(before + count, window) - products(before, window)
             row += count
         return total
 

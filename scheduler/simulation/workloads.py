@@ -227,6 +227,7 @@ class TrainingJob:
     priority: str = "normal"
     arrives: float = 0.0
     steps: int | None = None  # None: for ever
+    pages: int = 1  # of its adapter
     done: list[float] = field(default_factory=list)  # when each step was done
     ready_at: float = 0.0  # when its next sweep may begin
     sweep: int | None = None  # the live one

@@ -16,6 +16,8 @@ from coserve.server.engine.host_image import HostImage
 from coserve.server.engine.kv_cache import BlockAllocator
 from coserve.server.engine.page_tables import PagedTensor
 
+USUAL_RANK = 16  # of an adapter at every linear layer, in which the scheduler counts others
+
 
 class AdapterPages:
     def __init__(self, num_pages: int, page_elements: int, dtype: torch.dtype, device: torch.device | str) -> None:

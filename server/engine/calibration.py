@@ -21,8 +21,10 @@ from coserve.scheduler.state import (
     RequestState,
     Ride,
     SchedulerState,
+    SweepJob,
 )
 from coserve.server.engine.activation_store import private_store
+from coserve.server.engine.adapter_pages import USUAL_RANK
 from coserve.server.engine.head import head_steps
 from coserve.server.engine.job_step import JobStep, TrainSequence
 from coserve.server.engine.model import BaseModel
@@ -37,16 +39,17 @@ from coserve.server.wire.messages import Generate, SamplingParams
 
 _CONTEXT = 64
 _DECODES = (1, 2, 4, 8, 16)
-_RANK = 16
 _STREAMS = 4  # the promise on a CPU is a multiple of the decode step at this many streams
 _WINDOWS = (16, 64, 256)
 _MOST_SECONDS = 8.0
 
 
 def _throwaway_adapter(model: BaseModel) -> PooledAdapter:
-    """Rank 16 at every site, of small random numbers."""
+    """Of usual size: at every site, of small random numbers."""
     weights = {
-        site.name: LoraPair(torch.randn(_RANK, site.in_features) * 0.01, torch.randn(_RANK, site.out_features) * 0.01)
+        site.name: LoraPair(
+            torch.randn(USUAL_RANK, site.in_features) * 0.01, torch.randn(USUAL_RANK, site.out_features) * 0.01
+        )
         for site in model.sites
     }
     return pool_of(model, [weights])[0]
@@ -55,8 +58,12 @@ def _throwaway_adapter(model: BaseModel) -> PooledAdapter:
 class Calibration:
     """Runs once, before the engine is ready."""
 
-    def __init__(self, model: BaseModel, runner: Runner, requests: RequestBook, max_model_len: int) -> None:
+    def __init__(
+        self, model: BaseModel, runner: Runner, requests: RequestBook, max_model_len: int, usual_pages: int
+    ) -> None:
+        """`usual_pages`: of the engine's pool, that the adapter in training here would take."""
         self._model, self._runner, self._requests = model, runner, requests
+        self._job = SweepJob("calibration", "", 1.0, "normal", adapter_pages=usual_pages)
         self._context = max(2, min(_CONTEXT, max_model_len - 16))
         self._rng = np.random.default_rng(0)
         self._adapter = _throwaway_adapter(model)
@@ -142,7 +149,7 @@ class Calibration:
         state = SchedulerState(
             now=0.0,
             requests=tuple(self._state(r) for r in self._requests),
-            sweeps=tuple(sweep_state(i, s, self._model, s.rows) for i, s in sweeps.items()),
+            sweeps=tuple(sweep_state(i, s, self._model, s.rows, (self._job,)) for i, s in sweeps.items()),
             free_blocks=self._requests.blocks.free_blocks, block_size=self._requests.blocks.block_size,
             max_running=64, max_adapters=64,
         )  # fmt: skip

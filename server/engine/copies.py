@@ -57,6 +57,10 @@ class TrainingCopies:
         self._shares.hold(job.tenant, wanted)
         return None
 
+    def pages(self, running: RunningJob) -> int:
+        """Of its copy; 0: it has none."""
+        return self._held.get(running.key, ("", 0))[1]
+
     def _needs(self, pages: int) -> str:
         return f"The adapter needs {pages * self._pool.page_bytes} bytes of adapter memory"
 

@@ -48,6 +48,11 @@ def rows_for(count: int) -> int:
     return -(-count // step) * step
 
 
+def sizes(most: int) -> tuple[int, ...]:
+    """All that up to `most` rows are rounded up to."""
+    return tuple(sorted({rows_for(count) for count in range(1, most + 1)}))
+
+
 def shape_for(count: int, largest_rank: int, width: int, family: Family = Family.GROUPED) -> DecodeShape | None:
     """For `count` rows whose adapters have at most this rank (0: none has an adapter); None: no graph is that large."""
     rank = next((r for r in (0, *_RANKS) if largest_rank <= r), None)

@@ -13,12 +13,13 @@ import torch
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.policy import Scheduler
 from coserve.server.engine.adapter_loader import AdapterLoader
-from coserve.server.engine.adapter_pages import pages_at_rank
+from coserve.server.engine.adapter_pages import USUAL_RANK, pages_at_rank
 from coserve.server.engine.adapter_pool import AdapterPool, Weights
 from coserve.server.engine.adapters import AdapterBook, too_large
 from coserve.server.engine.calibration import Calibration
 from coserve.server.engine.checking import FolderCheck
 from coserve.server.engine.cores import CoreSharing
+from coserve.server.engine.decode_shapes import sizes
 from coserve.server.engine.holdings import Holdings
 from coserve.server.engine.intake import Intake
 from coserve.server.engine.iterations import IterationLog
@@ -26,12 +27,13 @@ from coserve.server.engine.kv_cache import KVCache, block_bytes
 from coserve.server.engine.live_sweeps import LiveSweeps
 from coserve.server.engine.load import LoadedModel, ModelRefused, load_model
 from coserve.server.engine.loop import Engine
+from coserve.server.engine.model import BaseModel
 from coserve.server.engine.options import EngineOptions
 from coserve.server.engine.prefix_cache import BlockManager
 from coserve.server.engine.readings import LOGIT_ROWS
 from coserve.server.engine.requests import RequestBook
 from coserve.server.engine.runner import Runner
-from coserve.server.engine.shapes import layer_shapes
+from coserve.server.engine.shapes import layer_shapes, layer_windows
 from coserve.server.engine.shares import Shares
 from coserve.server.engine.stats import StatsClock
 from coserve.server.engine.trainer import Trainer
@@ -108,10 +110,16 @@ def _assemble(
     cores = CoreSharing() if model.device.type == "cpu" else None
     graphs = _decode_graphs(loaded, cache, pool)
     trial = Runner(model, cache, calibrated, adapters, cores, graphs)
-    calibration = Calibration(model, trial, calibrated, loaded.max_model_len)
+    usual_pages = _pages(model, USUAL_RANK, pool.page_elements)
+    calibration = Calibration(model, trial, calibrated, loaded.max_model_len, usual_pages)
     step = calibration.measure(options.window())
     itl, ttft = _promises(options, step)
-    scheduler = policy(SchedulerConfig(itl_seconds=itl, floor_share=options.floor_share))
+    scheduler = policy(
+        SchedulerConfig(
+            itl_seconds=itl, floor_share=options.floor_share, layer_windows=layer_windows(model),
+            graph_rows=() if graphs is None else sizes(options.running()), usual_pages=usual_pages,
+        )
+    )  # fmt: skip
     calibration.teach(scheduler)
     log.info("decode step at four streams %.1f ms; inter-token promise %.0f ms, first token %.0f ms",
              step * 1e3, itl * 1e3, ttft * 1e3)  # fmt: skip
@@ -187,13 +195,18 @@ def _pool(loaded: LoadedModel, options: EngineOptions) -> AdapterPool:
     base, wanted = loaded.base, options.adapter_bytes()
     page_elements = options.adapter_page_rows * base.hidden_size
     page_bytes = page_elements * base.dtype.itemsize
-    pages = sum(pages_at_rank(1, site.in_features, site.out_features, page_elements) for site in base.sites)
+    pages = _pages(base, 1, page_elements)
     if 0 < wanted < pages * page_bytes:
         raise ModelRefused(
             f"--adapter-memory {wanted} holds no adapter of this model: one of rank 1 at every linear layer takes "
             f"{pages} pages of {page_bytes} bytes; give at least {pages * page_bytes}, or 0 to serve the model alone"
         )
     return AdapterPool(wanted or page_bytes, page_elements, base.dtype, base.device)
+
+
+def _pages(model: BaseModel, rank: int, page_elements: int) -> int:
+    """Of an adapter of this rank at every linear layer."""
+    return sum(pages_at_rank(rank, site.in_features, site.out_features, page_elements) for site in model.sites)
 
 
 def _promises(options: EngineOptions, decode_step: float) -> tuple[float, float]:

@@ -307,9 +307,10 @@ class Trainer:
         self._events.put(JobEvent(job_id, seq, record))
 
     def _state(self, sweep_id: int, sweep: Sweep) -> SweepState:
-        jobs = [self._jobs[step.job_id].job for step in sweep.steps if step.job_id in self._jobs]
+        jobs = [(one, one.job) for one in (self._jobs.get(step.job_id) for step in sweep.steps) if one is not None]
         known = tuple(
-            SweepJob(job.job_id, job.tenant, self._shares.weight(job.tenant), job.priority)
-            for job in jobs if job is not None
+            SweepJob(job.job_id, job.tenant, self._shares.weight(job.tenant), job.priority,
+                     adapter_pages=self._copies.pages(running))
+            for running, job in jobs if job is not None
         )  # fmt: skip
         return self.live.state(sweep_id, known)

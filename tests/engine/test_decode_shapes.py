@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coserve.server.engine.decode_shapes import DecodeArrays, DecodeRow, DecodeShape, rows_for, shape_for
+from coserve.server.engine.decode_shapes import DecodeArrays, DecodeRow, DecodeShape, rows_for, shape_for, sizes
 
 
 def test_rows_are_rounded_up_by_little():
-    sizes = [rows_for(n) for n in range(1, 600)]
-    assert sizes[:9] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
-    assert all(size >= n and size - n < max(8, 0.25 * n) for n, size in enumerate(sizes, 1))
-    assert sizes == sorted(sizes) and len(set(sizes)) < 32
+    found = [rows_for(n) for n in range(1, 600)]
+    assert found[:9] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
+    assert all(size >= n and size - n < max(8, 0.25 * n) for n, size in enumerate(found, 1))
+    assert found == sorted(found) and len(set(found)) < 32
+    assert sizes(600) == tuple(dict.fromkeys([*found, rows_for(600)])) and sizes(5) == (1, 2, 4, 8)
 
 
 @pytest.mark.parametrize("largest,rank", [(0, 0), (1, 16), (16, 16), (17, 32), (256, 256)])

@@ -13,6 +13,7 @@ from coserve.scheduler import SchedulerConfig
 from coserve.server.config import resolve_settings, write_process_settings
 from coserve.server.engine.load import LoadedModel, ModelRefused
 from coserve.server.engine.options import EngineOptions
+from coserve.server.engine.shapes import layer_windows
 from coserve.server.engine.start import _kv_cache, _pool, build_engine
 from coserve.server.wire.lifeline import Heartbeat
 
@@ -29,9 +30,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("environ", "floor"), [({}, 0.02), ({"COSERVE_FLOOR_SHARE": "0.1"}, 0.1)])
-def test_the_floor_of_training_is_the_operators(tmp_path, environ, floor):
-    folder = save_tiny_model(tmp_path / "model", "llama:mini")
+def asked_for(tmp_path, architecture: str, environ: dict[str, str]) -> SchedulerConfig:
+    """What an engine would start its scheduler with."""
+    folder = save_tiny_model(tmp_path / "model", architecture)
     small = {"kv_memory": 2**20, "adapter_memory": 2**20, "activation_memory": 2**20, "adapter_cache_memory": 2**20}
     told = {"model": str(folder), "data_dir": tmp_path, "device": "cpu", "max_running": 2, "threads": 1, **small}
     path = tmp_path / "settings.json"
@@ -42,7 +43,22 @@ def test_the_floor_of_training_is_the_operators(tmp_path, environ, floor):
 
     with pytest.raises(Asked) as asked:
         build_engine(EngineOptions.read(path), Heartbeat(None), policy=policy)
-    assert asked.value.args[0].floor_share == floor
+    return asked.value.args[0]
+
+
+@pytest.mark.parametrize(("environ", "floor"), [({}, 0.02), ({"COSERVE_FLOOR_SHARE": "0.1"}, 0.1)])
+def test_the_floor_of_training_is_the_operators(tmp_path, environ, floor):
+    config = asked_for(tmp_path, "llama:mini", environ)
+    assert config.floor_share == floor and config.layer_windows == config.graph_rows == ()
+
+
+def test_the_scheduler_is_told_how_far_layers_look_back_and_how_large_an_adapter_usually_is(tmp_path):
+    config = asked_for(tmp_path, "gemma3_text:mini", {})
+    model = engine_model("gemma3_text:mini", torch.float32)
+    assert config.layer_windows == layer_windows(model) == (8, None)
+    widths = [width for site in model.sites for width in (site.in_features, site.out_features)]
+    page = 8 * model.hidden_size
+    assert config.usual_pages == sum(-(-16 * width // page) for width in widths)
 
 
 @pytest.fixture(scope="module")

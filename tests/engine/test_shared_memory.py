@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from engine_process import write_job
-from peft_oracle import assert_greedy_equal, generate, oracle_model, prompt, training_rows
+from peft_oracle import assert_greedy_equal, oracle_model, prompt, training_rows
 from safetensors.torch import load_file
-from stepped_engine import AHEAD, DIGEST, SteppedEngine
+from stepped_engine import DIGEST, SteppedEngine
 from tiny_models import save_tiny_model
 
 
@@ -69,7 +69,7 @@ def engine_with_a_step(folder: Path, streams: dict[str, int], activations: str, 
 
 @pytest.mark.parametrize(("activations", "turns"), [("save", 3), ("save", 12), ("recompute", 3), ("recompute", 12)])
 def test_streams_take_a_steps_memory_and_it_comes_back_to_the_same_weights(tmp_path, oracle, activations, turns):
-    streams = {name: 400 for name in ("a", "bb", "ccc", "dddd", "eeeee")}  # 28 blocks each
+    streams = dict.fromkeys(("a", "bb", "ccc", "dddd", "eeeee"), 400)  # 28 blocks each
     alone = engine_with_a_step(tmp_path / "alone", {}, activations, turns)
     beside = engine_with_a_step(tmp_path / "beside", streams, activations, turns)
     assert moves(alone, "park") == moves(alone, "lean") == 0 < moves(alone, "place")
@@ -99,7 +99,7 @@ def test_a_disk_without_room_costs_the_step_and_not_the_streams(tmp_path, oracle
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    streams = {name: 400 for name in ("a", "bb", "ccc", "dddd", "eeeee")}
+    streams = dict.fromkeys(("a", "bb", "ccc", "dddd", "eeeee"), 400)
     engine = engine_with_a_step(tmp_path / "e", streams, "recompute", 6)
     for name in streams:
         assert_greedy_equal(oracle, prompt(40, len(name)), engine.tokens(name))

@@ -158,7 +158,7 @@ def test_what_decodes_read_of_the_cache_is_paid_by_who_reads_it() -> None:
     model = Scheduler(SchedulerConfig()).model
     plan = Plan(decodes=("s1", "s2"))
     there = {r.request_id: r for r in (stream("s1", 40_000, blocks=2500, tenant="a"), stream("s2", 40, tenant="b"))}
-    loads = serving_loads(plan, there)
+    loads = serving_loads(plan, there, model.traits)
     price = prices(model, total(loads.values()))
     assert price.of(loads["a"]) > price.of(loads["b"]) + 30_000 * price.context > price.of(loads["b"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from dataclasses import replace
 
 import pytest
 from scheduler_world import Stream, Sweep, World
@@ -13,22 +14,28 @@ from coserve.scheduler import Scheduler, SchedulerConfig
 from coserve.scheduler.costs import Costs
 from coserve.scheduler.features import (
     ForwardLoad,
-    attention_work,
     backward_vector,
     base_vector,
     coarse,
     head_vector,
+    overhead_vector,
     slice_vector,
 )
+from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.plan_features import PlanFeatures
+from coserve.scheduler.progress import SweepProgress
 from coserve.scheduler.state import RequestState, SchedulerState, SweepJob
+from coserve.scheduler.traits import Traits
+
+MIXED = SchedulerConfig(itl_seconds=0.3, layer_windows=(50, 50, None, 50), graph_rows=(1, 2, 4, 8, 12), usual_pages=3)
 
 
-def taught() -> Scheduler:
+def taught(config: SchedulerConfig = MIXED) -> Scheduler:
     """A scheduler that has served and trained in a world of its own."""
-    scheduler, world = Scheduler(SchedulerConfig(itl_seconds=0.3)), World(blocks=400, itl=0.3, seed=3)
+    scheduler, world = Scheduler(config), World(blocks=400, itl=0.3, seed=3)
     for i in range(120):
         if not world.sweeps:
-            world.sweeps = [Sweep(i, 200, 90, layers=4)]
+            world.sweeps = [Sweep(i, 200, 90, layers=4, jobs=(SweepJob("j", "t", 1.0, "normal", adapter_pages=5),))]
         if i % 9 == 0:
             world.streams.append(Stream(f"s{i}", world.now, 30, 12))
         state = world.state()
@@ -39,26 +46,41 @@ def taught() -> Scheduler:
     return scheduler
 
 
+def standing(before: int, layer: int, pages: int = 0, rows: int = 4096) -> SweepProgress:
+    """A sweep of 32 layers with `before` rows forwarded, and as many left in `layer` of its backward."""
+    jobs = tuple(SweepJob(f"j{i}", "t", 1.0, "normal", i, pages * i) for i in range(3))
+    sweep = Sweep(pages, rows, 100, layers=32, window=512, jobs=jobs, forwarded=before).state()
+    return SweepProgress(replace(sweep, backward_layer=layer, backward_tokens=rows - before))
+
+
 def test_costs_are_the_models_own() -> None:
-    model = taught().model
+    scheduler = taught()
+    model, traits = scheduler.model, scheduler.traits
     costs, draw = Costs(model), random.Random(1)
-    sweep = Sweep(0, 4096, 100, window=512, jobs=tuple(SweepJob(f"j{i}", "t", 1.0, "normal") for i in range(3))).state()
     for _ in range(50):
-        rows, before, steps = draw.randint(1, 600), draw.randint(0, 4000), draw.randint(1, 31)
-        load = ForwardLoad(draw.randint(0, 9), draw.randint(0, 900), logit_rows=draw.randint(0, 9), adapters=2)
+        rows, before, steps = draw.randint(1, 600), draw.randint(600, 4000), draw.randint(1, 31)
+        load = ForwardLoad(
+            draw.randint(0, 9), draw.randint(0, 900), logit_rows=draw.randint(0, 9), adapters=2, adapter_sizes=1.5,
+            adapter_rows=7.0, graph_rows=draw.choice([0, 12]),
+        )  # fmt: skip
         mean, deviation = model.part(base_vector(load))
         kind = "training" if load.rows else "alone"
         assert costs.serving(load) == pytest.approx((mean, model.margins.upper("decode", mean, deviation)))
         assert costs.base(load) == pytest.approx((mean, model.margins.upper(kind, mean, deviation)))
-        ridden = load.with_ride(sweep, before, rows)
-        assert ridden.ride_work == attention_work(before, rows) and ridden.adapters == 5
+        progress = standing(before, draw.randint(0, 3), pages=draw.randint(0, 9))
+        sizes, passed = traits.adapters(progress.state)
+        ridden = load.with_ride(progress.state, before, rows, traits)
+        assert ridden.ride_work == traits.work(before, rows) and ridden.adapters == 5 and ridden.graph_rows == 0
+        assert ridden.adapter_sizes == 1.5 + sizes and ridden.adapter_rows == 7.0 + rows * passed
         mean, deviation = model.part(base_vector(ridden))
-        assert costs.ride(load, sweep, before, rows) == pytest.approx(
+        assert costs.ride(load, progress.state, before, rows) == pytest.approx(
             (mean, model.margins.upper(kind, mean, deviation))
         )
+        work = traits.work(coarse(before), rows)
+        window = traits.window(progress.backward_layer)
         for cost, vector in (
-            (costs.slice(rows, steps, 32), slice_vector(rows, steps / 32)),
-            (costs.backward(rows, before, rows), backward_vector(rows, coarse(before))),
+            (costs.slice(progress, rows, steps), slice_vector(rows, steps / 32, work, passed)),
+            (costs.backward(progress, 512), backward_vector(512, coarse(before - 512), (window, passed))),
         ):
             mean, deviation = model.part(vector)
             assert cost == pytest.approx((mean, model.margins.boost * mean + deviation))
@@ -71,27 +93,45 @@ def test_costs_are_the_models_own() -> None:
 def test_what_is_found_is_the_largest_that_fits() -> None:
     """Against trying everything."""
     model, draw = taught().model, random.Random(2)
-    sweep, load = Sweep(0, 4096, 100, window=512).state(), ForwardLoad(4, 400, logit_rows=4)
+    load = ForwardLoad(4, 400, logit_rows=4, graph_rows=4)
     for _ in range(60):
-        costs, left, before = Costs(model), draw.uniform(0.0, 0.3), draw.randint(1, 4000)
+        costs, left, before = Costs(model), draw.uniform(0.0, 0.3), draw.randint(600, 4000)
+        progress = standing(before, draw.randint(0, 3), pages=draw.randint(0, 9))
         sizes = tuple(sorted({draw.randint(1, 600) for _ in range(9)}, reverse=True))
         which, todo = draw.randint(0, 1), draw.randint(1, 32)
-        backward = costs.largest_backward(sizes, before, sizes[0], left, which)
-        fitting = [n for n in sizes if costs.backward(n, before - n, sizes[0])[which] <= left]
+        backward = costs.largest_backward(progress, sizes, left, which)
+        fitting = [n for n in sizes if costs.backward(progress, n)[which] <= left]
         assert (backward and backward[0]) == (fitting[0] if fitting else None)
-        ride = costs.largest_ride(load, sweep, before, sizes, left, which)
-        fitting = [n for n in sizes if costs.ride(load, sweep, before, n)[which] <= left]
+        ride = costs.largest_ride(load, progress.state, before, sizes, left, which)
+        fitting = [n for n in sizes if costs.ride(load, progress.state, before, n)[which] <= left]
         assert (ride and ride[0]) == (fitting[0] if fitting else None)
-        piece = costs.largest_slice(sizes, todo, 32, left, which)
-        moved = [n * sum(costs.slice(n, k, 32)[which] <= left for k in range(1, todo + 1)) for n in sizes]
+        piece = costs.largest_slice(progress, sizes, todo, left, which)
+        moved = [n * sum(costs.slice(progress, n, k)[which] <= left for k in range(1, todo + 1)) for n in sizes]
         assert (piece[0] * piece[1] if piece else 0) == max(moved)
 
 
-def test_a_decode_step_by_its_streams_is_the_models_own() -> None:
-    model = taught().model
+def test_a_unit_is_priced_by_the_layer_it_is_in() -> None:
+    """A lesson in which a layer that sees everything costs by what it sees, and one with a window does not."""
+    model = LatencyModel(0.99, 0.9, 0.98, Traits((64, None)))
+    costs = Costs(model)
+    for before in (0, 256, 1024, 2048, 4096, 8192) * 3:
+        for window in (64, None):
+            x = backward_vector(256, before, (window, 0.0))
+            seconds = 0.01 + (0.0 if window else 1e-8 * (256 * before + 256 * 257 / 2))
+            model.observe(PlanFeatures(None, (x,), overhead_vector()), seconds + 0.001, {0: seconds})
+    costs.begin()
+    windowed, full = (costs.backward(standing(4096 + 256, layer, rows=8192), 256)[0] for layer in (0, 1))
+    assert windowed == pytest.approx(0.01, rel=0.1) and full == pytest.approx(0.0208, rel=0.1)
+
+
+@pytest.mark.parametrize("config", [SchedulerConfig(itl_seconds=0.3), MIXED])
+def test_a_decode_step_by_its_streams_is_the_models_own(config: SchedulerConfig) -> None:
+    scheduler = taught(config)
+    model, traits = scheduler.model, scheduler.traits
     seconds = Costs(model).decoding(context=300)
-    for n in (1, 2, 3, 7, 16, 17, 100, 1000, 3000, 4096):
-        load = ForwardLoad(decode_rows=n, decode_context=300 * n, logit_rows=n)
+    for n in (1, 2, 3, 5, 7, 12, 13, 14, 16, 17, 100, 1000, 3000, 4096):
+        context = traits.context([300] * n)
+        load = ForwardLoad(decode_rows=n, decode_context=context, logit_rows=n, graph_rows=traits.replayed(n))
         assert seconds(n) == pytest.approx(model.part(base_vector(load))[0])
 
 
@@ -114,11 +154,12 @@ def test_a_margin_leaves_training_its_part_of_the_room() -> None:
 def test_the_model_is_asked_again_after_it_has_learned() -> None:
     scheduler = taught()
     costs = Costs(scheduler.model)
-    before = costs.slice(64, 8, 32), costs.base(ForwardLoad(4)), costs.backward(64, 0, 64)
+    sweep = standing(64, 1)
+    before = costs.slice(sweep, 64, 8), costs.base(ForwardLoad(4)), costs.backward(sweep, 64)
     scheduler.model._theta *= 2.0
-    assert (costs.slice(64, 8, 32), costs.base(ForwardLoad(4)), costs.backward(64, 0, 64)) == before
+    assert (costs.slice(sweep, 64, 8), costs.base(ForwardLoad(4)), costs.backward(sweep, 64)) == before
     costs.begin()
-    after = costs.slice(64, 8, 32), costs.base(ForwardLoad(4)), costs.backward(64, 0, 64)
+    after = costs.slice(sweep, 64, 8), costs.base(ForwardLoad(4)), costs.backward(sweep, 64)
     assert [b[0] for b in after] == pytest.approx([2.0 * a[0] for a in before])
 
 

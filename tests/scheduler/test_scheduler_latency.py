@@ -10,17 +10,17 @@ import pytest
 from coserve.scheduler.features import (
     SIZE,
     ForwardLoad,
-    PlanFeatures,
     Vector,
     backward_vector,
     forward_vector,
     head_vector,
     overhead_vector,
-    plan_features,
     slice_vector,
 )
 from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.plan_features import PlanFeatures, plan_features
 from coserve.scheduler.state import HeadUnit, Plan, SchedulerState, SweepState
+from coserve.scheduler.traits import Traits
 
 
 class Device:
@@ -215,7 +215,7 @@ def test_a_head_unit_is_costed_by_what_is_left_of_its_batch() -> None:
     state = SchedulerState(0.0, (), (sweep,), 0, 16, 1, 1)
     plan = Plan(units=(HeadUnit(0, 64, 16), HeadUnit(0, 64, 32), HeadUnit(0, 64, 4), HeadUnit(0, 64, 32)))
     expected = [(64, 0.5), (64, 0.25), (11, 0.125), (11, 0.875)]
-    for x, (rows, share) in zip(plan_features(plan, state).units, expected, strict=True):
+    for x, (rows, share) in zip(plan_features(plan, state, Traits()).units, expected, strict=True):
         assert x.tolist() == head_vector(rows, share).tolist()
 
 

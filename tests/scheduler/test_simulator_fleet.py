@@ -10,11 +10,14 @@ import pytest
 
 from coserve.scheduler import Scheduler, SchedulerConfig
 from coserve.scheduler.simulation import Setup, cards
-from coserve.scheduler.simulation.fleet import Demand, Engine, engines_needed, judge, place
+from coserve.scheduler.simulation.fleet import Fleet, engines_needed, judge
+from coserve.scheduler.simulation.placement import Demand, Engine, place
+from coserve.scheduler.simulation.report import Report
 from coserve.scheduler.simulation.workloads import Lengths
 
 ITL = 0.22
 SETUP = Setup(cards()["cpu-270m"], itl=ITL, ttft=4.4, max_adapters=4, adapter_load=0.5)
+NOTHING = Report(0, *[None] * 8, *[0.0] * 5, None)
 DEMAND = Demand(tenants=60, adapters=2, rate=5.0, lengths=Lengths(30, 20))
 
 
@@ -56,11 +59,34 @@ def test_an_engine_draws_its_own_adapters_by_their_rates() -> None:
     assert drawn["t0", 1.0, "t0/a1", "interactive"] / 4000 == pytest.approx(0.75, abs=0.03)
 
 
+def test_a_few_engines_tell_what_thousands_do() -> None:
+    """Engines of 0.6 to 3 requests/s that keep and train by formulas; those that are not simulated are judged."""
+    demand = Demand(tenants=9000, adapters=1, rate=5000.0, jobs=3000)
+    asked: list[int] = []
+
+    def run(engine: Engine, jobs: int, number: int) -> Report:
+        asked.append(number)
+        kept = min(1.0, 1.03 - 0.01 * engine.rate)
+        return replace(NOTHING, attainment=kept, training_rate=jobs * (40.0 - 10.0 * engine.rate))
+
+    fleet = Fleet(demand, 2000, True, run)
+    assert fleet.look(fleet.representatives) and len(asked) <= 7
+    assert max(range(2000), key=lambda i: fleet.engines[i].rate) == asked[0], "the first that would fail"
+    others = [i for i in range(2000) if i not in fleet.found]
+    missed, untrained = fleet.check(others[:20])
+    assert missed < 0.005 and untrained < 0.01 and len(asked) <= 27
+    told, true = fleet.report((missed, untrained)), [run(e, fleet.jobs(i), i) for i, e in enumerate(fleet.engines)]
+    assert told.training_rate == pytest.approx(sum(r.training_rate for r in true), rel=0.01)
+    whole = sum(e.rate * r.attainment for e, r in zip(fleet.engines, true, strict=True)) / 5000.0
+    assert told.attainment == pytest.approx(whole, abs=0.002) and told.simulated == len(asked) - 2000
+    assert not Fleet(demand, 1500, True, run).look(range(1500)), "engines of 4.1 requests/s keep less than 99%"
+
+
 def test_more_load_needs_more_engines_and_affinity_fewer() -> None:
-    needed = engines_needed(policy, SETUP, DEMAND, seconds=20.0)
+    needed = engines_needed(policy, SETUP, DEMAND, seconds=12.0, sample=1)
     assert needed.worst_attainment is not None and needed.worst_attainment >= 0.99
-    assert judge(policy, SETUP, DEMAND, max(1, needed.engines // 2), seconds=20.0).worst_attainment < 0.99
-    assert engines_needed(policy, SETUP, replace(DEMAND, rate=24.0), seconds=6.0, sample=1).engines > needed.engines
+    assert judge(policy, SETUP, DEMAND, max(1, needed.engines // 2), seconds=12.0).worst_attainment < 0.99
+    assert engines_needed(policy, SETUP, replace(DEMAND, rate=12.0), seconds=6.0, sample=1).engines > needed.engines
     slow_loads = replace(SETUP, adapter_load=1.5)
     gathered, scattered = (
         engines_needed(policy, slow_loads, replace(DEMAND, rate=9.0), affine=affine, seconds=10.0, sample=1)
@@ -71,7 +97,7 @@ def test_more_load_needs_more_engines_and_affinity_fewer() -> None:
 
 def test_jobs_need_engines_too() -> None:
     demand = Demand(tenants=4, adapters=0, rate=0.2, lengths=Lengths(30, 20), jobs=6, training=1100.0)
-    needed = engines_needed(policy, SETUP, demand, seconds=40.0)
+    needed = engines_needed(policy, SETUP, demand, seconds=25.0, sample=1)
     assert needed.engines >= 4 and needed.training_rate >= 1100.0 and needed.most_adapters == 0
     with pytest.raises(ValueError, match="train as much"):
         engines_needed(policy, SETUP, replace(demand, jobs=0), seconds=1.0, sample=0)

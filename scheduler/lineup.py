@@ -63,6 +63,11 @@ class Lineup:
         running = {r.tenant: r.weight for r in chain(*self._running)}
         return running | {tenant: queue[0].weight for queues in self._queues for tenant, queue in queues.items()}
 
+    @property
+    def expects(self) -> bool:
+        """Whether an interactive prompt is running or waiting; batch ones that are overdue are not meant."""
+        return any(r.slo_class == "interactive" for queue in self._queues[0].values() for r in queue)
+
     @cached_property
     def running(self) -> list[RequestState]:
         """Decodes and running prompts; who steps back first is last."""

@@ -8,7 +8,9 @@ One plan, in this order:
 1. *Decodes and queue* (`admission`): all running decodes, then the prompts that memory, places and adapters allow.
 2. *Prompt chunks* (`chunks`): the most prompt tokens whose predicted iteration stays inside the inter-token budget,
 
-       budget = min(itl_seconds, min over running streams of (itl_deadline − now)).
+       budget = min(itl_seconds, min over running streams of (itl_deadline − now)),
+
+   where streams with looser promises may share longer iterations (`budget`).
 
 3. *Training* (`training`) fills what is left of the budget, less what first tokens still need: a prompt that goes on
    after this iteration is owed deadline − now − (its remaining iterations). In an iteration that no stream shares the
@@ -25,11 +27,12 @@ and only if that state is the one expected and the clock leaves the draft the ti
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
 from coserve.scheduler.admission import AdmissionPolicy
+from coserve.scheduler.budget import iteration_budget
 from coserve.scheduler.chunks import ChunkPolicy, cut, first_token_slack, with_chunks
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Costs
@@ -49,7 +52,7 @@ from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.margin import Errors
 from coserve.scheduler.queue import QueueClock, Queued
 from coserve.scheduler.rates import TrainingRate
-from coserve.scheduler.state import Plan, Prefill, RequestState, SchedulerState, SweepState
+from coserve.scheduler.state import Plan, Prefill, SchedulerState, SweepState
 from coserve.scheduler.training import TrainingPolicy
 
 # How much later than expected a draft may begin, as a share of the inter-token promise. Deliveries vary by so much, and
@@ -94,7 +97,7 @@ class Scheduler:
         """
         self._rate.meet(state, self.model)
         lineup = self._meet(self.share, state)
-        if draft is None or not self._holds(draft, state):
+        if draft is None or not self._holds(draft, state, lineup):
             draft = self._make(state, self.share, lineup, self._admission)
         self._admission = draft.admission
         self._clock.note(state.now, draft.waiting, draft.admitted)
@@ -114,14 +117,15 @@ class Scheduler:
             share.row_seconds = row_seconds(self.model)
         return lineup
 
-    def _holds(self, draft: Draft, state: SchedulerState) -> bool:
+    def _holds(self, draft: Draft, state: SchedulerState, lineup: Lineup) -> bool:
         """Whether a plan that was made ahead is still right: nothing came between, and the clock leaves it the time
         that it takes, or all that it was given."""
         if state != draft.state or self.model.margins.boost > draft.boost:
             return False
         plan, late = draft.plan, state.now - draft.state.now
         decodes = set(plan.decodes)
-        budget = self._budget(state, (r for r in state.requests if r.request_id in decodes))
+        running = (r for r in state.requests if r.request_id in decodes)
+        budget = iteration_budget(self.config, state.now, running, lineup.expects)
         given = min(plan.upper_seconds, plan.budget_seconds, draft.slack)
         return given <= min(budget, draft.slack - late) + _SLIP * self.config.itl_seconds
 
@@ -130,7 +134,7 @@ class Scheduler:
         costs = self._costs
         costs.begin()
         admission = policy.decide(state, share, lineup, self._crowd(lineup, share, costs))
-        budget = self._budget(state, admission.decodes)
+        budget = iteration_budget(self.config, state.now, admission.decodes, lineup.expects)
         adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
         decode_load = ForwardLoad(
             decode_rows=len(admission.decodes),
@@ -144,7 +148,7 @@ class Scheduler:
         serving = costs.serving(load)
         slack = first_token_slack(state.now, admission.candidates, tokens, serving[1])
         chunks = cut(admission.candidates, tokens)
-        sweeps, room = self._for_training(state, share, {c.request.tenant for c, _ in chunks}, min(budget, slack))
+        sweeps, room = self._for_training(state, share, {c.request.tenant for c, _ in chunks}, budget, slack)
         training = self._training.fill(sweeps, load, room, costs)
         plan = Plan(
             decodes=tuple(r.request_id for r in admission.decodes),
@@ -217,14 +221,14 @@ class Scheduler:
         return Crowd(costs.decoding(context), self.config.crowd_share * promise, promise, share.parts)
 
     def _for_training(
-        self, state: SchedulerState, share: FairShare, prompts: Collection[str], room: float
+        self, state: SchedulerState, share: FairShare, prompts: Collection[str], budget: float, slack: float
     ) -> tuple[tuple[SweepState, ...], float]:
         """Which sweeps may fill an iteration that runs prompts of these tenants, and up to how many seconds: nobody's
         training makes first tokens wait of a tenant that was served less, neither beside its prompts nor, where several
         ask, by iterations as long as the promise allows."""
-        sweeps = share.order_sweeps(state.sweeps)
+        sweeps, room = share.order_sweeps(state.sweeps), min(budget, slack)
         if share.shared:
-            room = min(room, self.config.training_share * self.config.itl_seconds)
+            room = min(room, self.config.training_share * max(budget, self.config.itl_seconds))
         first = share.not_ahead(sweeps, prompts)
         return (first, room) if first else (sweeps, 0.0)  # no room is left but the floor's
 
@@ -232,10 +236,6 @@ class Scheduler:
         self._rate.count(plan, state)
         self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
         self.share.charge(device_cost(plan, state, seconds, trained, self.model))
-
-    def _budget(self, state: SchedulerState, decodes: Iterable[RequestState]) -> float:
-        due = [r.itl_deadline for r in decodes if r.itl_deadline is not None]
-        return min(self.config.itl_seconds, min(due) - state.now) if due else self.config.itl_seconds
 
     def _trained_seconds(
         self, plan: Plan, state: SchedulerState, features: PlanFeatures, seconds: float

@@ -110,7 +110,7 @@ def _assemble(
     calibration = Calibration(model, trial, calibrated, loaded.max_model_len)
     step = calibration.measure(options.window())
     itl, ttft = _promises(options, step)
-    scheduler = policy(SchedulerConfig(itl_seconds=itl, floor_share=options.floor_share))
+    scheduler = policy(SchedulerConfig(itl_seconds=itl, ttft_seconds=ttft, floor_share=options.floor_share))
     calibration.teach(scheduler)
     log.info("decode step at four streams %.1f ms; inter-token promise %.0f ms, first token %.0f ms",
              step * 1e3, itl * 1e3, ttft * 1e3)  # fmt: skip

@@ -53,7 +53,7 @@ from coserve.scheduler.margin import Errors
 from coserve.scheduler.queue import QueueClock, Queued
 from coserve.scheduler.rates import TrainingRate
 from coserve.scheduler.state import Plan, Prefill, SchedulerState, SweepState
-from coserve.scheduler.training import TrainingPolicy
+from coserve.scheduler.training import TrainingPolicy, seconds_beside
 
 # How much later than expected a draft may begin, as a share of the inter-token promise. Deliveries vary by so much, and
 # to plan anew would take longer.
@@ -142,14 +142,18 @@ class Scheduler:
             logit_rows=len(admission.decodes),
             adapters=len(adapters),
         )
-        behind = policy.behind(state)
-        tokens = self._chunks.tokens(state.now, admission.candidates, decode_load, adapters, budget, costs, behind)
+        due = self._training.due(share.order_sweeps(state.sweeps), decode_load, budget, costs)
+        owed = due.beside if due else None  # it has its place before prompts
+        tokens = self._chunks.tokens(
+            state.now, admission.candidates, owed.load if owed else decode_load, adapters, budget,
+            seconds_beside(owed, costs), policy.behind(state),
+        )  # fmt: skip
         load = with_chunks(decode_load, admission.candidates, tokens, adapters)
         serving = costs.serving(load)
         slack = first_token_slack(state.now, admission.candidates, tokens, serving[1])
         chunks = cut(admission.candidates, tokens)
         sweeps, room = self._for_training(state, share, {c.request.tenant for c, _ in chunks}, budget, slack)
-        training = self._training.fill(sweeps, load, room, costs)
+        training = self._training.fill(sweeps, load, room, costs, due)
         plan = Plan(
             decodes=tuple(r.request_id for r in admission.decodes),
             prefills=tuple(Prefill(c.request.request_id, n) for c, n in chunks),
@@ -234,7 +238,7 @@ class Scheduler:
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
         self._rate.count(plan, state)
-        self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
+        self._training.floor.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
         self.share.charge(device_cost(plan, state, seconds, trained, self.model))
 
     def _trained_seconds(

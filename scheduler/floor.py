@@ -11,20 +11,22 @@ from collections.abc import Iterable, Mapping
 from coserve.scheduler.progress import PRIORITIES, SweepProgress, priority_of
 from coserve.scheduler.state import SweepState
 
+_LEAST = 0.05  # of a promise: a smaller debt is not worth a unit yet
+
 
 class Floor:
-    """`share`: of all time; `most`: seconds by which what a sweep got can be ahead of it."""
+    """`share`: of all time; `promise`: seconds that an iteration may take, which is also the most by which what a sweep
+    got can be ahead of its share."""
 
-    def __init__(self, share: float, most: float) -> None:
-        self._share, self._most = share, most
+    def __init__(self, share: float, promise: float) -> None:
+        self._share, self._most, self._least = share, promise, _LEAST * promise
         self._owed = dict.fromkeys(PRIORITIES, 0.0)
 
     def debts(self, sweeps: Iterable[SweepState]) -> list[tuple[SweepState, float]]:
         """The sweeps that time is owed to, normal before low, and how much."""
-        if all(owed <= 0.0 for owed in self._owed.values()):
-            return []
-        oldest = ((_oldest(sweeps, p), self._owed[p]) for p in PRIORITIES)
-        return [(sweep, owed) for sweep, owed in oldest if sweep is not None and owed > 0.0]
+        owed = [(p, seconds) for p, seconds in self._owed.items() if seconds > self._least]
+        oldest = [(_oldest(sweeps, p), seconds) for p, seconds in owed]
+        return [(sweep, seconds) for sweep, seconds in oldest if sweep is not None]
 
     def settle(self, sweeps: Iterable[SweepState], seconds: float, trained: Mapping[int, float]) -> None:
         """Account for an iteration of `seconds`, `trained` of which went to the sweeps with these ids."""

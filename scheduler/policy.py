@@ -77,7 +77,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.model = LatencyModel(config.quantile, config.prompt_quantile, config.forgetting)
-        self.share = FairShare(config.credit, config.remembered)
+        self.share = FairShare(config.credit, config.remembered, config.itl_seconds)
         self._admission = AdmissionPolicy(config)
         self._chunks = ChunkPolicy(config)
         self._training = TrainingPolicy(config)
@@ -142,7 +142,8 @@ class Scheduler:
             logit_rows=len(admission.decodes),
             adapters=len(adapters),
         )
-        due = self._training.due(share.order_sweeps(state.sweeps), decode_load, budget, costs)
+        sweeps = share.order_sweeps(state.sweeps)
+        due = self._training.due(sweeps, decode_load, budget, costs)
         owed = due.beside if due else None  # it has its place before prompts
         tokens = self._chunks.tokens(
             state.now, admission.candidates, owed.load if owed else decode_load, adapters, budget,
@@ -152,7 +153,7 @@ class Scheduler:
         serving = costs.serving(load)
         slack = first_token_slack(state.now, admission.candidates, tokens, serving[1])
         chunks = cut(admission.candidates, tokens)
-        sweeps, room = self._for_training(state, share, {c.request.tenant for c, _ in chunks}, budget, slack)
+        sweeps, room = self._for_training(sweeps, share, {c.request.tenant for c, _ in chunks}, budget, slack)
         training = self._training.fill(sweeps, load, room, costs, due)
         plan = Plan(
             decodes=tuple(r.request_id for r in admission.decodes),
@@ -225,12 +226,12 @@ class Scheduler:
         return Crowd(costs.decoding(context), self.config.crowd_share * promise, promise, share.parts)
 
     def _for_training(
-        self, state: SchedulerState, share: FairShare, prompts: Collection[str], budget: float, slack: float
+        self, sweeps: tuple[SweepState, ...], share: FairShare, prompts: Collection[str], budget: float, slack: float
     ) -> tuple[tuple[SweepState, ...], float]:
-        """Which sweeps may fill an iteration that runs prompts of these tenants, and up to how many seconds: nobody's
-        training makes first tokens wait of a tenant that was served less, neither beside its prompts nor, where several
-        ask, by iterations as long as the promise allows."""
-        sweeps, room = share.order_sweeps(state.sweeps), min(budget, slack)
+        """Which of `sweeps`, in order, may fill an iteration that runs prompts of these tenants, and up to how many
+        seconds: nobody's training makes first tokens wait of a tenant that was served less, neither beside its prompts
+        nor, where several ask, by iterations as long as the promise allows."""
+        room = min(budget, slack)
         if share.shared:
             room = min(room, self.config.training_share * max(budget, self.config.itl_seconds))
         first = share.not_ahead(sweeps, prompts)

@@ -91,10 +91,13 @@ class TrainingPolicy:
         for sweep, owed in self.floor.debts(sweeps):
             costs.leave_as_prompts()  # in whose time it runs: what training leaves for surprises would cost them chunks
             plan = _begin(decodes, costs)
+            whole = self._next_whole(SweepProgress(sweep), plan, costs)
+            if owed < whole <= budget - plan.upper:
+                continue
             if decodes.rows and self._add_beside(SweepProgress(sweep), plan, budget, costs):
                 if plan.mean - costs.base(decodes)[0] <= owed:
                     return Due(sweep, owed, plan)
-            elif self._next_whole(SweepProgress(sweep), plan, costs) <= owed:
+            elif whole <= owed:
                 return Due(sweep, owed, None)
         return None
 

@@ -6,8 +6,8 @@ tenant's share.
 
 Order. Interactive requests come before batch ones; a batch request whose first token is overdue counts as interactive,
 and so do all batch requests of its tenant before it. Within a class the tenant goes first that has had least of the
-device (`fairness`); a tenant's own requests go by deadline, then by arrival. With one tenant and one promise that is
-first come, first served.
+device (`fairness`), of those that are level the one whose first token is due next; a tenant's own requests go by
+deadline, then by arrival. With one tenant and one promise that is first come, first served.
 
 Decodes. All running decodes run. One that needs a block when none is free takes the blocks of the last running request
 in this order (the most-served tenant's newest), or steps back itself if it is that one. One that needs a block when

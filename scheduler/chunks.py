@@ -1,7 +1,7 @@
 """How many prompt tokens run beside the decodes: the most that keep running streams inside their budget.
 
-It may assume that candidates come in the order in which they run. It never plans training, and what it plans does not
-depend on training: prompts come first.
+It may assume that candidates come in the order in which they run. It never plans training, and what it plans depends on
+none but what is owed its floor: otherwise prompts come first.
 
 The candidates' tokens count together, so several prompts share an iteration, the last of them cut where the budget
 ends. Without running streams nothing needs protection and the chunk is as large as it may be. When nothing fits,
@@ -15,7 +15,6 @@ from math import inf
 
 from coserve.scheduler.admission import Candidate
 from coserve.scheduler.config import SchedulerConfig
-from coserve.scheduler.costs import Cost, Costs
 from coserve.scheduler.features import ForwardLoad
 from coserve.scheduler.state import RequestState
 from coserve.scheduler.traits import Traits
@@ -26,32 +25,34 @@ Candidates = tuple[Candidate, ...]
 class ChunkPolicy:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
+        self._traits = Traits(config.layer_windows, config.graph_rows, config.usual_pages)
 
     def tokens(
-        self, now: float, candidates: Candidates, decodes: ForwardLoad, adapters: Collection[str], budget: float,
-        costs: Costs, behind: Iterable[RequestState] = (),
+        self, now: float, candidates: Candidates, beside: ForwardLoad, adapters: Collection[str], budget: float,
+        seconds: Callable[[ForwardLoad], float], behind: Iterable[RequestState] = (),
     ) -> int:  # fmt: skip
-        """Prompt tokens of this iteration, all candidates together; `adapters`: of the decodes; `behind`: prompts that
-        wait for nothing but the candidates."""
+        """Prompt tokens of this iteration, all candidates together. `beside`: the packed forward without them, and
+        `adapters` of its decodes; `seconds(load)`: upper estimate of an iteration; `behind`: prompts that wait for
+        nothing but the candidates."""
         total = min(self._config.max_chunk, sum(c.tokens for c in candidates))
-        if total == 0 or decodes.rows == 0:
+        if total == 0 or beside.rows == 0:
             return total
 
-        def cost(tokens: int) -> Cost:
-            return costs.serving(with_chunks(decodes, candidates, tokens, adapters, costs.traits))
+        def cost(tokens: int) -> float:
+            return seconds(with_chunks(beside, candidates, tokens, adapters, self._traits))
 
-        found = largest(total, budget, lambda tokens: cost(tokens)[1])
+        found = largest(total, budget, cost)
         if found:
             return found
         least = min(self._config.min_chunk, total)
-        seconds = cost(least)[1]
+        each = cost(least)
         ahead = 0
         for c in candidates:
             ahead += c.request.total_tokens - c.request.computed_tokens
-            if now + -(-ahead // least) * seconds >= c.request.ttft_deadline:
+            if now + -(-ahead // least) * each >= c.request.ttft_deadline:
                 return least
         due = min((r.ttft_deadline for r in behind), default=inf)
-        return least if now + -(-ahead // least) * seconds >= due else 0
+        return least if now + -(-ahead // least) * each >= due else 0
 
 
 def largest(most: int, budget: float, seconds: Callable[[int], float]) -> int:

@@ -14,6 +14,8 @@ class SchedulerConfig:
     """
 
     itl_seconds: float = 0.25  # the inter-token promise: no planned iteration is longer while training could give way
+    ttft_seconds: float = 0.0  # promised to an interactive first token; 0: looser promises between tokens plan nothing
+    arrival_share: float = 0.25  # of that: an iteration of streams with looser promises, because somebody may arrive
     max_chunk: int = 512  # prefill tokens of one iteration, all requests together
     min_chunk: int = 16  # prefill tokens that run even over budget when a first token would otherwise be late
     head_rows: int = 64  # label rows that go through the head in one batch
@@ -39,15 +41,15 @@ class SchedulerConfig:
         for name in ("itl_seconds", "max_chunk", "min_chunk", "head_rows", "min_window", "max_units", "usual_pages"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"scheduler setting {name} must be positive, got {getattr(self, name)}")
-        if self.memory_claim_after < 0.0:
-            raise ValueError(f"scheduler setting memory_claim_after must be 0 or more, got {self.memory_claim_after}")
-        if not 0.0 <= self.floor_share < 1.0:
-            raise ValueError(f"scheduler setting floor_share must be in [0, 1), got {self.floor_share}")
+        for name in ("ttft_seconds", "memory_claim_after"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"scheduler setting {name} must not be negative, got {getattr(self, name)}")
+        for name in ("floor_share", "arrival_share", "margin_share"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"scheduler setting {name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("quantile", "prompt_quantile"):
             if not 0.5 <= getattr(self, name) < 1.0:
                 raise ValueError(f"scheduler setting {name} must be in [0.5, 1), got {getattr(self, name)}")
-        if not 0.0 <= self.margin_share < 1.0:
-            raise ValueError(f"scheduler setting margin_share must be in [0, 1), got {self.margin_share}")
         if not 0.5 < self.forgetting <= 1.0:
             raise ValueError(f"scheduler setting forgetting must be in (0.5, 1], got {self.forgetting}")
         if any(window is not None and window <= 0 for window in self.layer_windows):

@@ -85,6 +85,10 @@ class Costs:
         mean, _ = self.base(load)
         self._most_margin = max(0.0, share * (budget - self._boost * mean))
 
+    def leave_as_prompts(self) -> None:
+        """From here on the margin of training is no larger than that of prompts alone."""
+        self._most_margin = self._model.margins.upper("prompt", 0.0, 0.0)
+
     def margin(self, load: ForwardLoad) -> float:
         """Of `base` and `ride`: the part of their upper estimates that goes to no piece of the work."""
         return min(self._most_margin, self._model.margins.upper(_kind(load), 0.0, 0.0))

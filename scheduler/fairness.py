@@ -12,6 +12,7 @@ counter may stand far behind theirs: with its first request it is lifted to the 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping
 from copy import copy
 
@@ -20,10 +21,11 @@ from coserve.scheduler.state import RequestState, SweepState
 
 class FairShare:
     """Counters only grow. `credit`: weighted seconds that a returning tenant may be behind the others; `remembered`:
-    seconds after which one that stays away is no longer reckoned with."""
+    seconds after which one that stays away is no longer reckoned with; `level`: weighted seconds by which counters may
+    differ and still be level (0: they are not)."""
 
-    def __init__(self, credit: float, remembered: float) -> None:
-        self._credit, self._remembered = credit, remembered
+    def __init__(self, credit: float, remembered: float, level: float = 0.0) -> None:
+        self._credit, self._remembered, self._step = credit, remembered, level
         self._served: dict[str, float] = {}
         self._weights: dict[str, float] = {}  # of the tenants that are there
         self._asking: set[str] = set()  # those of them that have requests
@@ -98,6 +100,10 @@ class FairShare:
         served = self._served.get(tenant)
         return max(0.0, self._level - self._credit) if served is None else served
 
+    def turn(self, served: float) -> float:
+        """Who has been served so much goes before whoever has a larger one, and is level with those of the same."""
+        return served // self._step if self._step else served
+
     def charge(self, seconds: Mapping[str, float]) -> None:
         """Device seconds by tenant, of those that are there; what an iteration outside of plans took (a calibration)
         is nobody's."""
@@ -116,11 +122,11 @@ class FairShare:
         return tuple(sorted(sweeps, key=self._served_of))
 
     def not_ahead(self, sweeps: tuple[SweepState, ...], tenants: Collection[str]) -> tuple[SweepState, ...]:
-        """Those of whom no one of `tenants` was served less."""
+        """Those of `sweeps`, which are in order, of whom no one of `tenants` was served less."""
         if not tenants or len(self._weights) < 2:
             return sweeps
         level = min(map(self.served, tenants))
-        return tuple(s for s in sweeps if self._served_of(s) <= level)
+        return sweeps[: bisect_right(sweeps, level, key=self._served_of)]
 
     def _served_of(self, sweep: SweepState) -> float:
         if len(sweep.jobs) == 1:

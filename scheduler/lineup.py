@@ -10,25 +10,28 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from heapq import heapify, heappop, heapreplace
-from itertools import chain, pairwise
+from heapq import heappop, heappush, heapreplace
+from itertools import chain
+from operator import attrgetter
 
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.state import RequestState, SchedulerState
 
 _Queues = defaultdict[str, list[RequestState]]  # tenant -> prompts to run, in order of arrival
+_DUE = attrgetter("ttft_deadline")
 
 
 class Lineup:
     """All requests of a state in the order in which they are served.
 
     Interactive requests, with the batch ones that are overdue, then the other batch requests. Within a class each turn
-    goes to the tenant that is least served, counting what it was given in turns before; a tenant's own requests go by
-    deadline, then by arrival.
+    goes to the tenant that is least served, counting what it was given in turns before; among those that are level, to
+    the request whose first token is due next, if it still can be in time. A tenant's own requests go by deadline, then
+    by arrival.
     """
 
     def __init__(self, state: SchedulerState, share: FairShare) -> None:
-        self._share = share
+        self._share, self._now = share, state.now
         self._shut: set[str] = set()
         late: dict[str, float] = {}
         self._sort(state, {}, late)
@@ -42,18 +45,19 @@ class Lineup:
         self._queues: tuple[_Queues, _Queues] = defaultdict(list), defaultdict(list)
         (first, batch), (queues, batch_queues), now = self._running, self._queues, state.now
         for r in state.requests:
-            if r.slo_class == "batch" and r.arrived > late.get(r.tenant, -1.0):
-                if r.running:
+            running = r.running
+            if r.slo_class == "batch" and (not late or r.arrived > late.get(r.tenant, -1.0)):
+                if running:
                     batch.append(r)
-                    if r.decoding:
+                    if r.total_tokens - r.computed_tokens == 1 and r.output_tokens:  # `decoding`, where calls count
                         continue
                 if r.ttft_deadline <= now:
                     seen[r.tenant] = r.arrived
                 batch_queues[r.tenant].append(r)
                 continue
-            if r.running:
+            if running:
                 first.append(r)
-                if r.total_tokens - r.computed_tokens == 1 and r.output_tokens:  # `decoding`, where every call counts
+                if r.total_tokens - r.computed_tokens == 1 and r.output_tokens:
                     continue
             queues[r.tenant].append(r)
 
@@ -62,6 +66,11 @@ class Lineup:
         """Those with requests, and their weights."""
         running = {r.tenant: r.weight for r in chain(*self._running)}
         return running | {tenant: queue[0].weight for queues in self._queues for tenant, queue in queues.items()}
+
+    @property
+    def expects(self) -> bool:
+        """Whether an interactive prompt is running or waiting; batch ones that are overdue are not meant."""
+        return any(r.slo_class == "interactive" for queue in self._queues[0].values() for r in queue)
 
     @cached_property
     def running(self) -> list[RequestState]:
@@ -79,26 +88,30 @@ class Lineup:
             yield from self._turns(queues)
 
     def _turns(self, queues: _Queues) -> Iterator[RequestState]:
-        heap = [(self._share.served(tenant), queue[0].arrived, tenant) for tenant, queue in queues.items()]
-        heapify(heap)
-        turns: dict[str, Iterator[RequestState]] = {}
-        while heap:
-            level, arrived, tenant = heap[0]
+        share, now = self._share, self._now
+        served = {tenant: share.served(tenant) for tenant in queues}
+        later = sorted(((share.turn(level), tenant) for tenant, level in served.items()), reverse=True)
+        heap: list[tuple[float, bool, float, float, str]] = []
+        orders: dict[str, list[RequestState]] = {}  # what is left of queues that had a turn, the next one last
+        while heap or later:
+            # Deadlines are looked at when the turn of a tenant's level has come.
+            while later and (not heap or later[-1][0] <= heap[0][0]):
+                turn, tenant = later.pop()
+                due = min(map(_DUE, queues[tenant]))
+                heappush(heap, (turn, due <= now, due, queues[tenant][0].arrived, tenant))
+            tenant = heap[0][-1]
             if tenant in self._shut:
                 heappop(heap)
                 continue
-            if tenant not in turns:
-                turns[tenant] = iter(_by_deadline(queues[tenant]))
-            request = next(turns[tenant], None)
-            if request is None:
-                heappop(heap)
-                continue
+            order = orders.get(tenant)
+            if order is None:
+                order = orders[tenant] = sorted(queues[tenant], key=_DUE)
+                order.reverse()
+            request = order.pop()
             yield request
-            heapreplace(heap, (level + self._share.cost(request), arrived, tenant))
-
-
-def _by_deadline(queue: list[RequestState]) -> list[RequestState]:
-    """As they came, where that is the order of their deadlines."""
-    if all(a.ttft_deadline <= b.ttft_deadline for a, b in pairwise(queue)):
-        return queue
-    return sorted(queue, key=lambda r: r.ttft_deadline)
+            if order:
+                served[tenant] += share.cost(request)
+                due = order[-1].ttft_deadline
+                heapreplace(heap, (share.turn(served[tenant]), due <= now, due, order[-1].arrived, tenant))
+            else:
+                heappop(heap)

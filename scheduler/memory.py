@@ -31,10 +31,10 @@ from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.device_cost import row_seconds
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.latency import LatencyModel
+from coserve.scheduler.progress import priority_of
 from coserve.scheduler.rates import sweep_seconds
 from coserve.scheduler.room import Stock
 from coserve.scheduler.state import Plan, RequestState, SchedulerState, SweepState
-from coserve.scheduler.training import priority_of
 
 # Why no prompt is admitted, as the API tells it.
 STEP_DUE = "waiting for K/V memory: a training step is due it"

@@ -9,7 +9,9 @@ One plan, in this order:
    Where they lack blocks training gives them back, and it gets its own when they leave room (`memory`).
 2. *Prompt chunks* (`chunks`): the most prompt tokens whose predicted iteration stays inside the inter-token budget,
 
-       budget = min(itl_seconds, min over running streams of (itl_deadline − now)).
+       budget = min(itl_seconds, min over running streams of (itl_deadline − now)),
+
+   where streams with looser promises may share longer iterations (`budget`).
 
 3. *Training* (`training`) fills what is left of the budget, less what first tokens still need: a prompt that goes on
    after this iteration is owed deadline − now − (its remaining iterations). In an iteration that no stream shares the
@@ -26,11 +28,12 @@ and only if that state is the one expected and the clock leaves the draft the ti
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
 from coserve.scheduler.admission import AdmissionPolicy
+from coserve.scheduler.budget import iteration_budget
 from coserve.scheduler.chunks import ChunkPolicy, cut, first_token_slack, with_chunks
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Costs
@@ -46,8 +49,8 @@ from coserve.scheduler.memory import MemoryPolicy, copies, runnable, waits
 from coserve.scheduler.plan_features import PlanFeatures, plan_features, plan_load
 from coserve.scheduler.queue import QueueClock, Queued
 from coserve.scheduler.rates import TrainingRate
-from coserve.scheduler.state import Plan, Prefill, RequestState, SchedulerState, SweepState
-from coserve.scheduler.training import TrainingPolicy
+from coserve.scheduler.state import Plan, Prefill, SchedulerState, SweepState
+from coserve.scheduler.training import TrainingPolicy, seconds_beside
 from coserve.scheduler.traits import Traits
 
 # How much later than expected a draft may begin, as a share of the inter-token promise. Deliveries vary by so much, and
@@ -74,7 +77,7 @@ class Scheduler:
         self.config = config
         self.traits = Traits(config.layer_windows, config.graph_rows, config.usual_pages)
         self.model = LatencyModel(config.quantile, config.prompt_quantile, config.forgetting, self.traits)
-        self.share = FairShare(config.credit, config.remembered)
+        self.share = FairShare(config.credit, config.remembered, config.itl_seconds)
         self._admission = AdmissionPolicy(config)
         self.memory = MemoryPolicy(config)
         self._chunks = ChunkPolicy(config)
@@ -95,7 +98,7 @@ class Scheduler:
         """
         self._rate.meet(state, self.model)
         lineup = self._meet(self.share, state)
-        if draft is None or not self._holds(draft, state):
+        if draft is None or not self._holds(draft, state, lineup):
             draft = self._make(state, self.share, lineup)
         self._admission, self.memory = draft.admission, draft.memory
         self._clock.note(state.now, draft.waiting, draft.admitted)
@@ -115,14 +118,15 @@ class Scheduler:
             share.row_seconds = row_seconds(self.model)
         return lineup
 
-    def _holds(self, draft: Draft, state: SchedulerState) -> bool:
+    def _holds(self, draft: Draft, state: SchedulerState, lineup: Lineup) -> bool:
         """Whether a plan that was made ahead is still right: nothing came between, and the clock leaves it the time
         that it takes, or all that it was given."""
         if state != draft.state or self.model.margins.boost > draft.boost:
             return False
         plan, late = draft.plan, state.now - draft.state.now
         decodes = set(plan.decodes)
-        budget = self._budget(state, (r for r in state.requests if r.request_id in decodes))
+        running = (r for r in state.requests if r.request_id in decodes)
+        budget = iteration_budget(self.config, state.now, running, lineup.expects)
         given = min(plan.upper_seconds, plan.budget_seconds, draft.slack)
         return given <= min(budget, draft.slack - late) + _SLIP * self.config.itl_seconds
 
@@ -140,19 +144,23 @@ class Scheduler:
             moves = memory.keep(state)
         else:
             moves = memory.decide(state, standing, admission, policy.behind(state), share)
-        budget = self._budget(state, admission.decodes)
+        budget = iteration_budget(self.config, state.now, admission.decodes, lineup.expects)
         adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
         decodes = decode_load(admission.decodes, self.traits)
-        behind = policy.behind(state)
-        tokens = self._chunks.tokens(state.now, admission.candidates, decodes, adapters, budget, costs, behind)
+        sweeps = share.order_sweeps(moves.runnable)
+        due = self._training.due(sweeps, decodes, budget, costs)
+        owed = due.beside if due else None  # it has its place before prompts
+        tokens = self._chunks.tokens(
+            state.now, admission.candidates, owed.load if owed else decodes, adapters, budget,
+            seconds_beside(owed, costs), policy.behind(state),
+        )  # fmt: skip
         load = with_chunks(decodes, admission.candidates, tokens, adapters, self.traits)
         serving = costs.serving(load)
         slack = first_token_slack(state.now, admission.candidates, tokens, serving[1])
         chunks = cut(admission.candidates, tokens)
-        prompts = {c.request.tenant for c, _ in chunks}
-        most = 0.0 if copies(moves, state) else min(budget, slack)
-        sweeps, room = self._for_training(moves.runnable, share, prompts, most)
-        training = self._training.fill(sweeps, load, room, costs)
+        room = 0.0 if copies(moves, state) else min(budget, slack)
+        sweeps, room = self._for_training(sweeps, share, {c.request.tenant for c, _ in chunks}, budget, room)
+        training = self._training.fill(sweeps, load, room, costs, due)
         plan = Plan(
             decodes=tuple(r.request_id for r in admission.decodes),
             prefills=tuple(Prefill(c.request.request_id, n) for c, n in chunks),
@@ -232,25 +240,21 @@ class Scheduler:
         return Crowd(self._costs.decoding(context), self.config.crowd_share * promise, promise, share.parts)
 
     def _for_training(
-        self, sweeps: tuple[SweepState, ...], share: FairShare, prompts: Collection[str], room: float
+        self, sweeps: tuple[SweepState, ...], share: FairShare, prompts: Collection[str], budget: float, room: float
     ) -> tuple[tuple[SweepState, ...], float]:
-        """Which sweeps may fill an iteration that runs prompts of these tenants, and up to how many seconds: nobody's
-        training makes first tokens wait of a tenant that was served less, neither beside its prompts nor, where several
-        ask, by iterations as long as the promise allows."""
-        sweeps = share.order_sweeps(sweeps)
+        """Which of `sweeps`, in order, may fill an iteration that runs prompts of these tenants, and up to how many of
+        `room` seconds: nobody's training makes first tokens wait of a tenant that was served less, neither beside its
+        prompts nor, where several ask, by iterations as long as the promise allows."""
         if share.shared:
-            room = min(room, self.config.training_share * self.config.itl_seconds)
+            room = min(room, self.config.training_share * max(budget, self.config.itl_seconds))
         first = share.not_ahead(sweeps, prompts)
         return (first, room) if first else (sweeps, 0.0)  # no room is left but the floor's
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
         self._rate.count(plan, state)
-        self._training.settle(self.share.order_sweeps(runnable(state.sweeps, plan.park, plan.place)), seconds, trained)
+        sweeps = self.share.order_sweeps(runnable(state.sweeps, plan.park, plan.place))
+        self._training.floor.settle(sweeps, seconds, trained)
         self.share.charge(device_cost(plan, state, seconds, trained, self.model))
-
-    def _budget(self, state: SchedulerState, decodes: Iterable[RequestState]) -> float:
-        due = [r.itl_deadline for r in decodes if r.itl_deadline is not None]
-        return min(self.config.itl_seconds, min(due) - state.now) if due else self.config.itl_seconds
 
     def _trained_seconds(
         self, plan: Plan, state: SchedulerState, features: PlanFeatures, seconds: float

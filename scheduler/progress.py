@@ -1,4 +1,4 @@
-"""A sweep's progress on paper: the planner moves it forward unit by unit to fill an iteration.
+"""A sweep's progress on paper: the planner moves it forward unit by unit to fill an iteration; and the queue of them.
 
 It may assume nothing about time. It never allows a unit that the sweep's order forbids: forward before head, head
 before backward, layers from last to first, no unit across a layer, no new batch of label rows before the last one is
@@ -7,7 +7,11 @@ through the head.
 
 from __future__ import annotations
 
-from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Ride, SweepState
+from collections.abc import Iterator
+
+from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Ride, SweepState, Unit
+
+PRIORITIES = ("normal", "low")
 
 
 class SweepProgress:
@@ -114,8 +118,39 @@ class SweepProgress:
             self.backward_layer -= 1
         return BackwardUnit(self.state.sweep_id, tokens)
 
+    def again(self, unit: Unit) -> Unit:
+        """A unit that was found for another progress of the same sweep."""
+        if isinstance(unit, ForwardUnit):
+            return self.forward(unit.tokens, unit.layers)
+        if isinstance(unit, HeadUnit):
+            return self.head(unit.rows, unit.steps)
+        return self.backward(unit.tokens)
+
     def _forwarded(self, tokens: int) -> None:
         # How many label rows a window holds is not known here; after the last one, all that are left are ready.
         self.forward_tokens += tokens
         if self.forward_done:
             self.head_ready = self.head_left
+
+
+class SweepQueue:
+    """The sweeps of one priority that have work left, in order; each becomes a progress when it is looked at, but for
+    the one that has `begun`."""
+
+    def __init__(self, sweeps: tuple[SweepState, ...], priority: str, begun: SweepProgress | None = None) -> None:
+        progress = (
+            begun if begun is not None and s.sweep_id == begun.state.sweep_id else SweepProgress(s)
+            for s in sweeps if priority_of(s) == priority
+        )  # fmt: skip
+        self._rest = (p for p in progress if not p.done)
+        self.first = next(self._rest, None)
+
+    def __iter__(self) -> Iterator[SweepProgress]:
+        if self.first is not None:
+            yield self.first
+            yield from self._rest
+
+
+def priority_of(sweep: SweepState) -> str:
+    """A sweep that carries any normal job is normal."""
+    return "low" if sweep.jobs and all(job.priority == "low" for job in sweep.jobs) else "normal"

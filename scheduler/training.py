@@ -15,31 +15,28 @@ cut, because its rows share the cost of reading the vocabulary's weights: it goe
 there in a later iteration.
 
 Sweeps go in order: normal priority, then low, the older first; a later one gets what an earlier one cannot use. A floor
-share of the time is owed to the oldest sweep of either priority; when the debt covers a unit, that unit runs even over
-the budget.
+share of the time is owed to the oldest sweep of either priority. When the debt covers what has a place beside the
+decodes, that runs, and prompts get what it leaves. Where the decodes leave no place at all, a whole unit runs over the
+budget once the debt covers it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Cost, Costs, most
+from coserve.scheduler.cuts import Cuts
 from coserve.scheduler.features import ForwardLoad
-from coserve.scheduler.progress import SweepProgress
+from coserve.scheduler.floor import Floor
+from coserve.scheduler.progress import PRIORITIES, SweepProgress, SweepQueue
 from coserve.scheduler.state import Ride, SweepState, Unit
 from coserve.scheduler.traits import Traits
 
-PRIORITIES = ("normal", "low")
 Stand = tuple[float, ...]
 _MOST_REFUSED = 8  # sweeps that stand elsewhere and find no room: what is left is too little to ask all jobs
-
-
-def priority_of(sweep: SweepState) -> str:
-    """A sweep that carries any normal job is normal."""
-    return "low" if sweep.jobs and all(job.priority == "low" for job in sweep.jobs) else "normal"
 
 
 @dataclass(slots=True)
@@ -74,14 +71,37 @@ class TrainingPlan:
         self.upper += cost[1]
 
 
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A sweep whose floor is to be paid in this iteration."""
+
+    sweep: SweepState
+    seconds: float  # that it is owed
+    beside: TrainingPlan | None  # the ride or unit that has a place beside the decodes alone; None: nothing has
+
+
 class TrainingPolicy:
-    """Fills iterations with training; remembers only how much time the oldest sweep of each priority is owed."""
+    """Fills iterations with training; remembers only how much time it is owed."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
-        self._owed: dict[str, float] = dict.fromkeys(PRIORITIES, 0.0)
-        self._fine: dict[int, tuple[int, ...]] = {}  # a window's sizes, worked out once
-        self._powers: dict[int, tuple[int, ...]] = {}  # a ride's
+        self.floor = Floor(config.floor_share, config.itl_seconds)
+        self._cuts = Cuts(config.min_window)
+
+    def due(self, sweeps: tuple[SweepState, ...], decodes: ForwardLoad, budget: float, costs: Costs) -> Due | None:
+        """Whose floor is to be paid in an iteration of `budget` seconds, before anything but `decodes` has a place."""
+        for sweep, owed in self.floor.debts(sweeps):
+            costs.leave_as_prompts()  # in whose time it runs: what training leaves for surprises would cost them chunks
+            plan = _begin(decodes, costs)
+            whole = self._next_whole(SweepProgress(sweep), plan, costs)
+            if owed < whole <= budget - plan.upper:
+                continue
+            if decodes.rows and self._add_beside(SweepProgress(sweep), plan, budget, costs):
+                if plan.mean - costs.base(decodes)[0] <= owed:
+                    return Due(sweep, owed, plan)
+            elif whole <= owed:
+                return Due(sweep, owed, None)
+        return None
 
     def fill(
         self,
@@ -89,41 +109,28 @@ class TrainingPolicy:
         load: ForwardLoad,
         budget: float,
         costs: Costs,
+        due: Due | None = None,
     ) -> TrainingPlan:
-        """Plan training beside the serving work `load`, up to `budget` seconds for the whole iteration."""
-        if load.rows:
+        """Plan training beside the serving work `load`, up to `budget` seconds for the whole iteration; what is `due`
+        runs in any case."""
+        if load.rows and (due is None or due.beside is None):
             costs.leave_room(load, budget, self._config.margin_share)
-        base = costs.base(load)
-        plan = TrainingPlan(costs.traits, load, base, *base)
-        queues = {p: _Queue(sweeps, p) for p in PRIORITIES}
-        due = next((q for q in queues.values() if q.first is not None and self._is_due(q, plan, costs)), None)
-        order = chain(queues["normal"], queues["low"])
-        if due is not None and due.priority == "low" and due.first is not None:
-            order = chain((due.first,), queues["normal"], (s for s in queues["low"] if s is not due.first))
+        plan = _begin(load, costs)
+        owed = SweepProgress(due.sweep) if due is not None else None
+        if due is not None and owed is not None and due.beside is not None:
+            _repeat(due.beside, owed, plan, costs)
+        queues = {p: SweepQueue(sweeps, p, owed) for p in PRIORITIES}
+        order: Iterable[SweepProgress] = chain(queues["normal"], queues["low"])
+        if owed is not None and plan.empty and queues["low"].first is owed:
+            order = chain((owed,), queues["normal"], (s for s in queues["low"] if s is not owed))
         if load.rows == 0:
             self._fill_alone(order, plan, budget, costs)
         else:
             self._fill_beside(order, plan, budget, costs)
-            if due is not None and due.first is not None and not _works_on(plan, due.first.state.sweep_id):
+            if due is not None and owed is not None and not _works_on(plan, due.sweep.sweep_id):
                 # Over the budget, but owed: the largest unit that the debt covers.
-                self._add_beside(due.first, plan, plan.upper + self._owed[due.priority], costs, mean_only=True)
+                self._add_beside(owed, plan, plan.upper + due.seconds, costs, mean_only=True)
         return plan
-
-    def settle(self, sweeps: tuple[SweepState, ...], seconds: float, trained: dict[int, float]) -> None:
-        """Account for an iteration of `seconds`, `trained` of which went to the sweeps with these ids."""
-        for p in PRIORITIES:
-            oldest = next((s for s in sweeps if priority_of(s) == p and not SweepProgress(s).done), None)
-            if oldest is None:
-                self._owed[p] = 0.0
-                continue
-            owed = self._owed[p] + self._config.floor_share * seconds - trained.get(oldest.sweep_id, 0.0)
-            # Time above the share counts against it, but for one iteration at most: a sweep that had the device to
-            # itself for an hour is not held back for it when streams come.
-            self._owed[p] = max(owed, -self._config.itl_seconds)
-
-    def _is_due(self, queue: _Queue, plan: TrainingPlan, costs: Costs) -> bool:
-        owed = self._owed[queue.priority]
-        return owed > 0.0 and queue.first is not None and self._next_whole(queue.first, plan, costs) <= owed
 
     def _next_whole(self, sweep: SweepProgress, plan: TrainingPlan, costs: Costs) -> float:
         """Mean seconds of the sweep's next unit at its full size. The floor pays for whole units only: one late
@@ -210,7 +217,7 @@ class TrainingPolicy:
             return True
         if rows or not sweep.forward_done:
             return rows > 0 and self._add_head(sweep, rows, plan, left, which, costs)
-        sizes = self._fine_sizes(sweep.next_backward())
+        sizes = self._cuts.fine(sweep.next_backward())
         unit = costs.largest_backward(sweep, sizes, left, which)
         if unit is not None:
             plan.add_unit(sweep.backward(unit[0]), unit[1])
@@ -235,13 +242,14 @@ class TrainingPolicy:
         ride = None
         if sweep.can_ride():
             room = left + plan.base[which]
-            ride = costs.largest_ride(plan.load, sweep.state, sweep.forward_tokens, self._sizes(whole), room, which)
+            sizes = self._cuts.powers(whole)
+            ride = costs.largest_ride(plan.load, sweep.state, sweep.forward_tokens, sizes, room, which)
         if ride is not None and ride[0] == whole:
             plan.add_ride(sweep, *ride)
             return True
         # The window that leaves the least of the budget unused, not the quickest one: what is left is lost.
         todo = layers - (sweep.partial_layer if sweep.partial_tokens else 0)
-        sizes = (whole,) if sweep.partial_tokens else self._fine_sizes(whole)
+        sizes = (whole,) if sweep.partial_tokens else self._cuts.fine(whole)
         unit = costs.largest_slice(sweep, sizes, todo, left, which)
         if ride is not None and (unit is None or ride[0] * layers >= unit[0] * unit[1]):
             plan.add_ride(sweep, *ride)
@@ -251,35 +259,26 @@ class TrainingPolicy:
             return False
         return True
 
-    def _fine_sizes(self, whole: int) -> tuple[int, ...]:
-        """`whole`, then the multiples of 32 below it, then 16 and 8, as far as `min_window` allows."""
-        sizes = self._fine.get(whole)
-        if sizes is None:
-            small = (n for n in (16, 8) if self._config.min_window <= n < whole)
-            sizes = self._fine[whole] = (whole, *range((whole - 1) // 32 * 32, 31, -32), *small)
-        return sizes
 
-    def _sizes(self, whole: int) -> tuple[int, ...]:
-        """`whole`, then the powers of two below it down to `min_window`."""
-        sizes = self._powers.get(whole)
-        if sizes is None:
-            below = (1 << n for n in range((whole - 1).bit_length() - 1, -1, -1))
-            sizes = self._powers[whole] = (whole, *(n for n in below if self._config.min_window <= n))
-        return sizes
+def seconds_beside(made: TrainingPlan | None, costs: Costs) -> Callable[[ForwardLoad], float]:
+    """Upper estimate of an iteration by its packed forward, with the unit of `made`, if any."""
+    if made is None:
+        return lambda load: costs.serving(load)[1]
+    units = made.upper - made.base[1]
+    return lambda load: costs.base(load)[1] + units
 
 
-class _Queue:
-    """The sweeps of one priority that have work left, in order; each becomes a progress when it is looked at."""
+def _begin(load: ForwardLoad, costs: Costs) -> TrainingPlan:
+    base = costs.base(load)
+    return TrainingPlan(costs.traits, load, base, *base)
 
-    def __init__(self, sweeps: tuple[SweepState, ...], priority: str) -> None:
-        self.priority = priority
-        self._rest = (p for p in (SweepProgress(s) for s in sweeps if priority_of(s) == priority) if not p.done)
-        self.first = next(self._rest, None)
 
-    def __iter__(self) -> Iterator[SweepProgress]:
-        if self.first is not None:
-            yield self.first
-            yield from self._rest
+def _repeat(made: TrainingPlan, sweep: SweepProgress, plan: TrainingPlan, costs: Costs) -> None:
+    """Plan the one ride or unit of `made` again, where prompts run beside it."""
+    for ride in made.rides:
+        plan.add_ride(sweep, ride.tokens, costs.ride(plan.load, sweep.state, sweep.forward_tokens, ride.tokens))
+    for unit in made.units:
+        plan.add_unit(sweep.again(unit), (made.mean - made.base[0], made.upper - made.base[1]))
 
 
 def _stand(sweep: SweepProgress, traits: Traits) -> Stand:

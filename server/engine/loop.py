@@ -63,7 +63,7 @@ class Engine:
         self._prepare(plan)
         if plan.empty:
             self._stats.send_if_due(state)
-            return bool(plan.preempt or plan.unservable)
+            return bool(plan.preempt or plan.unservable or plan.park or plan.lean or plan.place)
         started, clock = time.time(), time.perf_counter()
         flight = self._runner.launch(plan, self._trainer.sweeps)
         self._look_ahead(plan, state, flight)

@@ -116,7 +116,7 @@ def _assemble(
     itl, ttft = _promises(options, step)
     scheduler = policy(
         SchedulerConfig(
-            itl_seconds=itl, floor_share=options.floor_share, layer_windows=layer_windows(model),
+            itl_seconds=itl, ttft_seconds=ttft, floor_share=options.floor_share, layer_windows=layer_windows(model),
             graph_rows=() if graphs is None else sizes(options.running()), usual_pages=usual_pages,
         )
     )  # fmt: skip

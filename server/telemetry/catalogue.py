@@ -12,7 +12,7 @@ ENGINE_COUNTERS: dict[str, str] = {
     "coserve_iterations_in_slo_total": "Iterations with a running stream that kept the inter-token budget",
     "coserve_busy_seconds_total": "Seconds spent inside iterations",
     "coserve_plans_ahead_total": "Plans made while the iteration before them ran, by whether they could be used",
-    "coserve_sweep_moves_total": "Sweeps that got their blocks (place), gave up products (lean) or left for the host (park)",
+    "coserve_sweep_moves_total": "Sweeps that got their blocks (place), gave some back (lean) or left (park)",
     "coserve_preemptions_total": "Requests that gave their K/V back and were computed again",
     "coserve_recomputed_tokens_total": "Tokens computed again after a preemption",
 }

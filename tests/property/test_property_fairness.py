@@ -47,10 +47,11 @@ class Contest:
 
     @property
     def bound(self) -> float:
-        """Twice what a full set of running requests may still cost, and one iteration, of the lighter tenant; and the
-        credit that a tenant begins with."""
+        """Twice what a full set of running requests may still cost, and one iteration, of the lighter tenant; twice the
+        promise, within which counters are level; and the credit that a tenant begins with."""
         set_cost = self.world.max_running * MOST_ROWS * self.dearest_row
-        return 2 * (set_cost + self.longest) / min(self.weights.values()) + self.scheduler.config.credit
+        owed = 2 * (set_cost + self.longest) / min(self.weights.values())
+        return owed + 2 * self.world.itl + self.scheduler.config.credit
 
     def send(self) -> None:
         """Keep both tenants' queues filled."""

@@ -16,7 +16,7 @@ def test_training_gives_way_to_prompts_of_a_tenant_that_was_served_less() -> Non
         scheduler.share = share_of(served)
         sweeps = tuple(sweep(i, jobs=(SweepJob(f"j{i}", t, 1.0, "normal"),)) for i, t in enumerate("ab"))
         there = replace(state(*asking), sweeps=sweeps)
-        scheduler._training.settle(sweeps, 1e3, {})
+        scheduler._training.floor.settle(sweeps, 1e4, {})
         plan = scheduler.plan(there)
         assert plan.decodes or plan.prefills
         return {part.sweep_id for part in (*plan.rides, *plan.units)}

@@ -34,6 +34,7 @@ from coserve.scheduler.chunks import ChunkPolicy, cut, first_token_slack, with_c
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Costs
 from coserve.scheduler.crowd import Crowd
+from coserve.scheduler.deadlines import Expired, without_expired
 from coserve.scheduler.device_cost import device_cost, row_seconds
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.features import (
@@ -62,7 +63,7 @@ class Draft:
     """A plan for a state, and what the scheduler is to remember of it."""
 
     plan: Plan
-    state: SchedulerState
+    state: SchedulerState  # without those that expire
     slack: float  # seconds from `state.now` that it may last so that no first token is late
     boost: float  # of the upper estimates it was held against
     admission: AdmissionPolicy  # as the plan leaves it
@@ -86,16 +87,17 @@ class Scheduler:
         """The next iteration's work. Empty only if nothing can run now.
 
         Requests in `preempt` give their blocks back first; those in `unservable` need more blocks than there are and
-        are to be ended with an error by the caller. `adapters` is for the loader: without regard for it, requests of
-        evicted adapters may wait for each other.
+        are to be ended with an error by the caller, and so are those in `expired`, before anything runs. `adapters` is
+        for the loader: without regard for it, requests of evicted adapters may wait for each other.
 
         Args:
             draft: made ahead for this state, perhaps. If it holds, the plan is `draft.plan` itself.
         """
         self._rate.meet(state, self.model)
+        state, expired = without_expired(state)
         lineup = self._meet(self.share, state)
-        if draft is None or not self._holds(draft, state):
-            draft = self._make(state, self.share, lineup, self._admission)
+        if draft is None or draft.plan.expired != expired.ids or not self._holds(draft, state):
+            draft = self._make(state, expired, self.share, lineup, self._admission)
         self._admission = draft.admission
         self._clock.note(state.now, draft.waiting, draft.admitted)
         return draft.plan
@@ -103,8 +105,9 @@ class Scheduler:
     def draft(self, state: SchedulerState) -> Draft:
         """A plan for a state that is expected: to be made while the iteration before it runs. Changes nothing."""
         share = self.share.copy()
+        state, expired = without_expired(state)
         lineup = self._meet(share, state)
-        return self._make(state, share, lineup, copy(self._admission))  # which replaces what it remembers
+        return self._make(state, expired, share, lineup, copy(self._admission))  # which replaces what it remembers
 
     def _meet(self, share: FairShare, state: SchedulerState) -> Lineup:
         """Tells `share` who is there."""
@@ -125,11 +128,13 @@ class Scheduler:
         given = min(plan.upper_seconds, plan.budget_seconds, draft.slack)
         return given <= min(budget, draft.slack - late) + _SLIP * self.config.itl_seconds
 
-    def _make(self, state: SchedulerState, share: FairShare, lineup: Lineup, policy: AdmissionPolicy) -> Draft:
+    def _make(
+        self, state: SchedulerState, expired: Expired, share: FairShare, lineup: Lineup, policy: AdmissionPolicy
+    ) -> Draft:
         """`share` has met the state; `policy` is changed."""
         costs = self._costs
         costs.begin()
-        admission = policy.decide(state, share, lineup, self._crowd(lineup, share, costs))
+        admission = policy.decide(state, share, lineup, self._crowd(lineup, share, costs), expired.release)
         budget = self._budget(state, admission.decodes)
         adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
         decode_load = ForwardLoad(
@@ -152,6 +157,7 @@ class Scheduler:
             rides=tuple(training.rides),
             units=tuple(training.units),
             preempt=admission.preempt,
+            expired=expired.ids,
             unservable=admission.unservable,
             adapters=admission.adapters,
             budget_seconds=budget,

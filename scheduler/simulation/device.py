@@ -43,6 +43,7 @@ class Device:
     streams: list[Stream] = field(default_factory=list)
     sweeps: list[Sweep] = field(default_factory=list)
     done: list[Stream] = field(default_factory=list)
+    expired: list[Stream] = field(default_factory=list)
     done_sweeps: list[Sweep] = field(default_factory=list)
     resident: dict[str, float] = field(default_factory=dict)  # adapter -> last use
     gaps: list[float] = field(default_factory=list)  # between tokens of streams that were never preempted
@@ -72,6 +73,13 @@ class Device:
         """End a request, wherever it stands. Idempotent."""
         self.streams = [s for s in self.streams if s.name != name]
 
+    def expire(self, names: tuple[str, ...]) -> None:
+        """End those that are past their deadline."""
+        for s in [s for s in self.streams if s.name in names]:
+            require(s.deadline is not None and s.deadline <= self.now, f"{s.name} is ended before its deadline")
+            self.streams.remove(s)
+            self.expired.append(s)
+
     def _request(self, s: Stream) -> RequestState:
         return RequestState(
             request_id=s.name,
@@ -89,6 +97,8 @@ class Device:
             itl_deadline=None if s.last_token is None else s.last_token + (s.itl or self.itl),
             running=s.running,
             adapter_pages=s.adapter is not None,
+            most_output=s.most,
+            deadline=s.deadline,
         )
 
     def load_adapter(self, wanted: tuple[str, ...]) -> bool:
@@ -158,6 +168,9 @@ class Device:
     def run(self, plan: Plan) -> tuple[float, Parts]:
         """As `carry_out`; also the seconds of its parts."""
         self._check_names(plan)
+        self.expire(plan.expired)
+        late = [s.name for s in self.streams if s.deadline is not None and s.deadline <= self.now]
+        require(not late, f"{late} are past their deadline")
         self._preempt(plan.preempt)
         parts = self.parts(plan)
         produced = self._decode(plan.decodes) + self._prefill(plan.prefills)
@@ -177,6 +190,7 @@ class Device:
 
     def _check_names(self, plan: Plan) -> None:
         named = [*plan.decodes, *(p.request_id for p in plan.prefills), *plan.preempt, *plan.unservable]
+        named += plan.expired
         require(len(named) == len(set(named)), "a request is named twice")
         require(not plan.unservable, "a request that fits was called unservable")
 

@@ -37,7 +37,7 @@ from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.crowd import Crowd
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.lineup import Lineup
-from coserve.scheduler.room import Room, Stock
+from coserve.scheduler.room import Room, Stock, wanted_adapters
 from coserve.scheduler.state import RequestState, SchedulerState
 
 # Why a request waits, as the API tells it.
@@ -82,22 +82,26 @@ class AdmissionPolicy:
         self.closed_by = TURN  # why the queue went no further
         self.kept_back: dict[str, str] = {}  # request, or tenant, that was passed over -> why
 
-    def decide(self, state: SchedulerState, share: FairShare, lineup: Lineup, crowd: Crowd, stock: Stock) -> Admission:
+    def decide(
+        self, state: SchedulerState, share: FairShare, lineup: Lineup, crowd: Crowd, stock: Stock, release: bool = False
+    ) -> Admission:
+        """`release`: more blocks will be free in the next state. Until then nobody is admitted, loses his or is refused
+        for lack of them."""
         running = lineup.running
         room = Room(state, running, stock)
-        decodes, preempted, unservable = _run_decodes(running, room)
+        decodes, preempted, unservable = _run_decodes(running, room, release)
         alive = [r for r in running if r.request_id not in preempted] if preempted else running
         queue = _Queue(self._config, state, share, lineup, room, crowd, self._blocked_since)
         if not unservable:
-            queue.fill(alive, TURN if preempted else stock.closed)
-        if not decodes and not queue.chunks and not queue.unservable and not unservable and alive:
+            queue.fill(alive, TURN if release or preempted else stock.closed)
+        if not (decodes or queue.chunks or queue.unservable or unservable or release) and alive:
             self._break_deadlock(queue, alive, preempted, unservable)
         self._blocked_since, self.closed_by, self.kept_back = queue.blocked_since, queue.closed_by, queue.kept_back
         unservable += queue.unservable
         decodes.sort(key=attrgetter("arrived"))
         ahead = [*alive, *(c.request for c in queue.chunks), *queue.looked_at]
         others = [r for r in state.requests if r.request_id not in preempted] if preempted else state.requests
-        adapters = _wanted(ahead, others, state.max_adapters)
+        adapters = wanted_adapters(ahead, others, state.max_adapters)
         return Admission(
             tuple(decodes), tuple(queue.chunks), tuple(preempted), tuple(unservable), adapters,
             len(state.requests) - len(running), queue.closed_by, queue.begun, queue.left,
@@ -252,7 +256,9 @@ class _Queue:
         self.blocked_since = blocked
 
 
-def _run_decodes(running: list[RequestState], room: Room) -> tuple[list[RequestState], list[str], list[str]]:
+def _run_decodes(
+    running: list[RequestState], room: Room, release: bool
+) -> tuple[list[RequestState], list[str], list[str]]:
     """(decodes that run, requests that give their blocks back, requests that can never go on)."""
     alive = list(running)
     decodes: list[RequestState] = []
@@ -271,6 +277,8 @@ def _run_decodes(running: list[RequestState], room: Room) -> tuple[list[RequestS
             decodes.append(r)
             continue
         need = room.needed(r, r.total_tokens)
+        if release and need > room.free:
+            continue
         own = [o for o in alive if o.tenant == r.tenant] if need > room.left_of_share(r.tenant) else []
         while need > room.left_of_share(r.tenant) and own[-1] is not r:
             step_back(own.pop())
@@ -282,17 +290,7 @@ def _run_decodes(running: list[RequestState], room: Room) -> tuple[list[RequestS
             decodes.append(r)
         elif len(alive) > 1 and (need > room.free or len(own) > 1):
             step_back(r)
-        elif not preempted and (need > room.free + room.kept or need > room.left_of_share(r.tenant)):
+        elif not (preempted or release) and (need > room.free + room.kept or need > room.left_of_share(r.tenant)):
             unservable.append(r.request_id)
         # else: it waits for a training step's end, or one iteration: blocks that the victims shared are free then
     return decodes, preempted, unservable
-
-
-def _wanted(ahead: Iterable[RequestState], others: Iterable[RequestState], most: int) -> tuple[str, ...]:
-    wanted = {r.adapter: None for r in ahead if r.adapter is not None}
-    for r in others:
-        if len(wanted) >= most:
-            break
-        if r.adapter is not None:
-            wanted[r.adapter] = None
-    return tuple(wanted)[:most]

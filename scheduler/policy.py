@@ -38,6 +38,7 @@ from coserve.scheduler.chunks import ChunkPolicy, cut, first_token_slack, with_c
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Costs
 from coserve.scheduler.crowd import Crowd
+from coserve.scheduler.deadlines import Expired, without_expired
 from coserve.scheduler.device_cost import device_cost, row_seconds
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.features import decode_load, forward_vector
@@ -63,7 +64,7 @@ class Draft:
     """A plan for a state, and what the scheduler is to remember of it."""
 
     plan: Plan
-    state: SchedulerState
+    state: SchedulerState  # without those that expire
     slack: float  # seconds from `state.now` that it may last so that no first token is late
     boost: float  # of the upper estimates it was held against
     admission: AdmissionPolicy  # as the plan leaves it
@@ -90,16 +91,17 @@ class Scheduler:
         """The next iteration's work. Empty only if nothing can run now.
 
         Requests in `preempt` give their blocks back first; those in `unservable` need more blocks than there are and
-        are to be ended with an error by the caller. `adapters` is for the loader: without regard for it, requests of
-        evicted adapters may wait for each other.
+        are to be ended with an error by the caller, and so are those in `expired`, before anything runs. `adapters` is
+        for the loader: without regard for it, requests of evicted adapters may wait for each other.
 
         Args:
             draft: made ahead for this state, perhaps. If it holds, the plan is `draft.plan` itself.
         """
         self._rate.meet(state, self.model)
+        state, expired = without_expired(state)
         lineup = self._meet(self.share, state)
-        if draft is None or not self._holds(draft, state, lineup):
-            draft = self._make(state, self.share, lineup)
+        if draft is None or draft.plan.expired != expired.ids or not self._holds(draft, state, lineup):
+            draft = self._make(state, expired, self.share, lineup)
         self._admission, self.memory = draft.admission, draft.memory
         self._clock.note(state.now, draft.waiting, draft.admitted)
         return draft.plan
@@ -107,8 +109,9 @@ class Scheduler:
     def draft(self, state: SchedulerState) -> Draft:
         """A plan for a state that is expected: to be made while the iteration before it runs. Changes nothing."""
         share = self.share.copy()
+        state, expired = without_expired(state)
         lineup = self._meet(share, state)
-        return self._make(state, share, lineup)
+        return self._make(state, expired, share, lineup)
 
     def _meet(self, share: FairShare, state: SchedulerState) -> Lineup:
         """Tells `share` who is there."""
@@ -130,15 +133,18 @@ class Scheduler:
         given = min(plan.upper_seconds, plan.budget_seconds, draft.slack)
         return given <= min(budget, draft.slack - late) + _SLIP * self.config.itl_seconds
 
-    def _make(self, state: SchedulerState, share: FairShare, lineup: Lineup) -> Draft:
+    def _make(self, state: SchedulerState, expired: Expired, share: FairShare, lineup: Lineup) -> Draft:
         """`share` has met the state. The policies that remember something are copied first: they replace it."""
         costs = self._costs
         costs.begin()
         crowd = self._crowd(lineup, share)
         policy, memory = copy(self._admission), copy(self.memory)
         standing = memory.look(state)
-        admission = policy.decide(state, share, lineup, crowd, standing.stock)
-        if memory.lets_end(state, standing, admission, self.model):
+        stock = standing.without_giving if expired.release else standing.stock
+        admission = policy.decide(state, share, lineup, crowd, stock, expired.release)
+        if expired.release:
+            moves = memory.keep(state)
+        elif memory.lets_end(state, standing, admission, self.model):
             policy = copy(self._admission)
             admission = policy.decide(state, share, lineup, crowd, standing.without_giving)
             moves = memory.keep(state)
@@ -170,6 +176,7 @@ class Scheduler:
             park=moves.park,
             lean=moves.lean,
             place=moves.place,
+            expired=expired.ids,
             unservable=admission.unservable,
             adapters=admission.adapters,
             budget_seconds=budget,

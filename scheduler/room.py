@@ -7,7 +7,7 @@ gave can be carried out as it stands.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from coserve.scheduler.state import RequestState, SchedulerState
@@ -98,3 +98,14 @@ class Room:
         if limit is None or limit.adapter_pages is None or request.adapter is None or request.adapter in used:
             return True
         return not used or sum(used.values()) + request.adapter_pages <= limit.adapter_pages
+
+
+def wanted_adapters(ahead: Iterable[RequestState], others: Iterable[RequestState], most: int) -> tuple[str, ...]:
+    """Adapters that ought to be on the device, at most `most`: those of `ahead` first."""
+    wanted = {r.adapter: None for r in ahead if r.adapter is not None}
+    for r in others:
+        if len(wanted) >= most:
+            break
+        if r.adapter is not None:
+            wanted[r.adapter] = None
+    return tuple(wanted)[:most]

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from coserve.server.tenancy.terms import Milliseconds, Part, TenantTerms, Terms
+from coserve.server.tenancy.terms import Milliseconds, Part, TenantTerms, Terms, Timeout
 from coserve.server.validation_words import reason_of
 
 ENVIRONMENT_PREFIX = "COSERVE_"
@@ -104,6 +104,7 @@ class Settings(BaseModel):
     max_waiting_tenant: int = Field(default=256, ge=1)
     max_jobs_running: int = Field(default=8, ge=1)
     max_jobs_queued_tenant: int = Field(default=64, ge=1)
+    request_timeout_seconds: Timeout | None = Field(default=None, description="after which a request is ended")
     job_slice_seconds: Seconds = Field(default=60.0, description="how long a job keeps its slot, whoever waits")
 
     max_body: Bytes = 8 * 1024**2
@@ -120,7 +121,8 @@ class Settings(BaseModel):
 
     @property
     def terms(self) -> Terms:
-        return Terms(self.tenants, (self.tenant_kv_share, self.tenant_prefix_share, self.tenant_adapter_share))
+        parts = self.tenant_kv_share, self.tenant_prefix_share, self.tenant_adapter_share
+        return Terms(self.tenants, parts, self.request_timeout_seconds)
 
     @property
     def base_model_id(self) -> str:

@@ -46,6 +46,7 @@ class Device:
     streams: list[Stream] = field(default_factory=list)
     sweeps: list[Sweep] = field(default_factory=list)
     done: list[Stream] = field(default_factory=list)
+    expired: list[Stream] = field(default_factory=list)
     done_sweeps: list[Sweep] = field(default_factory=list)
     resident: dict[str, float] = field(default_factory=dict)  # adapter -> last use
     gaps: list[float] = field(default_factory=list)  # between tokens of streams that were never preempted
@@ -83,6 +84,13 @@ class Device:
         """End a request, wherever it stands. Idempotent."""
         self.streams = [s for s in self.streams if s.name != name]
 
+    def expire(self, names: tuple[str, ...]) -> None:
+        """End those that are past their deadline."""
+        for s in [s for s in self.streams if s.name in names]:
+            require(s.deadline is not None and s.deadline <= self.now, f"{s.name} is ended before its deadline")
+            self.streams.remove(s)
+            self.expired.append(s)
+
     def _request(self, s: Stream) -> RequestState:
         return RequestState(
             request_id=s.name,
@@ -100,6 +108,8 @@ class Device:
             itl_deadline=None if s.last_token is None else s.last_token + (s.itl or self.itl),
             running=s.running,
             adapter_pages=self._pages(s.adapter),
+            most_output=s.most,
+            deadline=s.deadline,
         )
 
     def _pages(self, adapter: str | None) -> int:
@@ -187,6 +197,9 @@ class Device:
     def run(self, plan: Plan) -> tuple[float, Parts]:
         """As `carry_out`; also the seconds of its parts."""
         self._check_names(plan)
+        self.expire(plan.expired)
+        late = [s.name for s in self.streams if s.deadline is not None and s.deadline <= self.now]
+        require(not late, f"{late} are past their deadline")
         self._preempt(plan.preempt)
         copied = self.move(plan)
         parts = self.parts(plan)
@@ -207,6 +220,7 @@ class Device:
 
     def _check_names(self, plan: Plan) -> None:
         named = [*plan.decodes, *(p.request_id for p in plan.prefills), *plan.preempt, *plan.unservable]
+        named += plan.expired
         require(len(named) == len(set(named)), "a request is named twice")
         require(not plan.unservable, "a request that fits was called unservable")
 

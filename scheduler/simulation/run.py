@@ -87,7 +87,10 @@ class _Run:
             self._intake()
             state = self.device.state()
             plan = self.policy.plan(state)
+            self._expire(plan)
             self._load_adapters(plan)
+            if plan.empty and plan.expired:
+                continue
             if plan.empty:
                 self.device.now += self.device.move(plan)
                 self.device.now = min(self.ledger.seconds, self._next_event())
@@ -149,6 +152,12 @@ class _Run:
                 device.reserved = min(int(fault.share * device.blocks), device.blocks - held)
         if any(j.done and j.sweep is None and j.ready_at > now for j in self.jobs):
             device.slowdown *= self.setup.card.optimizer_factor
+
+    def _expire(self, plan: Plan) -> None:
+        ended = [s for s in self.device.streams if s.name in plan.expired]
+        self.device.expire(plan.expired)
+        for stream in ended:
+            self._arrival(self.workload.after(stream, self.device.now))
 
     def _load_adapters(self, plan: Plan) -> None:
         """One at a time, beside the iterations."""

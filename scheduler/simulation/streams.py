@@ -52,6 +52,8 @@ class Stream:
     finished_at: float | None = None
     preemptions: int = 0
     cut: bool = False  # ended by a restart of the engine
+    most: int = 1 << 30  # output tokens that its client allows
+    deadline: float | None = None  # when it is to be ended
 
     @property
     def total(self) -> int:

@@ -23,6 +23,7 @@ from coserve.server.api.generation_params import (
     promise,
     refuse_unsupported,
     sampling_params,
+    timeout,
     warning_headers,
 )
 from coserve.server.gateway.choice import GenerationRequest, Piece
@@ -35,7 +36,7 @@ from coserve.server.gateway.sse import DONE, KEEPALIVE, EventStream, comment, ev
 from coserve.server.gateway.text import TooLong
 from coserve.server.store.usage import Usage
 from coserve.server.tenancy.principal import Principal
-from coserve.server.wire.messages import AdapterRef, EngineReady
+from coserve.server.wire.messages import DEADLINE_EXCEEDED, AdapterRef, EngineReady
 
 log = logging.getLogger("coserve.generation")
 
@@ -49,6 +50,7 @@ _FAILURES: dict[str, tuple[int, str | None]] = {
     "context_length_exceeded": (400, None),
     "invalid_value": (400, None),
     "model_not_found": (404, None),
+    DEADLINE_EXCEEDED: (408, None),
     "engine_restarted": (503, "The engine restarted while this request was running; send it again."),
     "engine_crashed": (
         500,
@@ -133,8 +135,8 @@ def failure(failed: SequenceFailed) -> ApiError:
         return internal_error()
     status, text = _FAILURES[failed.code]
     headers = {"retry-after-ms": "1000"} if status == 503 else None
-    if failed.code == "engine_crashed":
-        headers = {"x-should-retry": "false"}  # OpenAI's client would send it to the next engines by itself
+    if failed.code in ("engine_crashed", DEADLINE_EXCEEDED):
+        headers = {"x-should-retry": "false"}  # OpenAI's client would send it again by itself
     return ApiError(status, text or failed.message, code=failed.code, headers=headers)
 
 
@@ -179,6 +181,7 @@ def generation_request(
         ),
         promise=promise(fields, services.terms, principal, engine),
         share=services.terms.share(principal.tenant_name),
+        timeout=timeout(fields, services.terms, principal),
         stop=fields.stops,
         include_stop=bool(fields.include_stop_str_in_output),
         skip_special=fields.skip_special_tokens is not False,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from coserve.server.api.errors import clip, invalid, unsupported
 from coserve.server.tenancy.principal import Principal
-from coserve.server.tenancy.terms import TIERS, Promise, Terms, TooTight
+from coserve.server.tenancy.terms import MAX_TIMEOUT, TIERS, Promise, Terms, TooLong, TooTight
 from coserve.server.wire.messages import EngineReady, SamplingParams
 
 MAX_N = 64
@@ -91,6 +91,7 @@ class GenerationFields(BaseModel):
 
     service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
     slo: Slo | None = None
+    request_timeout_seconds: Annotated[Number, Field(gt=0, le=MAX_TIMEOUT)] | None = None
 
     # checked, and without effect here
     user: str | None = None
@@ -182,6 +183,19 @@ def promise(fields: GenerationFields, terms: Terms, principal: Principal, engine
             f"'slo.{error.field}' is {error.asked:g} ms, tighter than the {error.least:g} ms that you are promised in "
             f"the service tier '{tier}'; ask for as much or more, or leave it out.",
             f"slo.{error.field}",
+        ) from None
+
+
+def timeout(fields: GenerationFields, terms: Terms, principal: Principal) -> float | None:
+    """Seconds after which the request is ended; None: never. Raises 400 if it asks for more than its tenant has."""
+    name, asked = "request_timeout_seconds", fields.request_timeout_seconds
+    try:
+        return terms.timeout(principal.tenant_name, asked)
+    except TooLong as error:
+        raise invalid(
+            f"'{name}' is {asked:g}, and your requests have {error.most:g} s at most; ask for as much or less, or "
+            "leave it out.",
+            name,
         ) from None
 
 

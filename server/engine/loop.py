@@ -63,7 +63,8 @@ class Engine:
         self._prepare(plan)
         if plan.empty:
             self._stats.send_if_due(state)
-            return bool(plan.preempt or plan.unservable or plan.park or plan.lean or plan.place)
+            moved = plan.preempt or plan.expired or plan.unservable or plan.park or plan.lean or plan.place
+            return bool(moved)
         started, clock = time.time(), time.perf_counter()
         flight = self._runner.launch(plan, self._trainer.sweeps)
         self._look_ahead(plan, state, flight)
@@ -111,6 +112,9 @@ class Engine:
                 "raise --kv-memory"
             )
             self._fail(request_id, "context_length_exceeded", reason)
+        for request in filter(None, map(self._requests.get, plan.expired)):
+            late = Failed.past_deadline(request.message)
+            self._fail(request.id, late.code, late.message)
         self._intake.load_adapters(plan.adapters)
         for prefill in plan.prefills:
             request = self._requests.get(prefill.request_id)

@@ -169,6 +169,8 @@ class RequestBook:
             blocks_shared=self._shared(request),
             adapter_pages=adapter_pages,
             adapter_kept_out=adapter_kept_out,
+            most_output=message.sampling.max_tokens,
+            deadline=message.deadline,
         )
 
     def promises(self, request: Request) -> tuple[float, float]:

@@ -25,6 +25,7 @@ class GenerationRequest:
     sampling: SamplingParams  # of choice 0
     promise: Promise
     share: TenantShare  # its tenant's
+    timeout: float | None = None  # seconds from its arrival after which it is ended
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special: bool = True

@@ -283,11 +283,12 @@ class EngineClient:
         log.info("connected to engine %d on %s, %d requests sent", engine.pid, engine.device, len(self._sequences))
 
     def _give_up_waiting(self) -> None:
-        """Sequences kept for the next engine do not wait for ever."""
-        if self.away_seconds > self._give_up_seconds:
-            for sequence in self._sequences.values():
-                if not sequence.finished:
-                    sequence.fail("engine_unavailable", "The engine did not come back in time; try again later.")
+        """Sequences kept for the next engine wait neither for ever nor past their deadline."""
+        now, given_up = time.monotonic(), self.away_seconds > self._give_up_seconds
+        for sequence in self._sequences.values():
+            sequence.expire(now)
+            if given_up and not sequence.finished:
+                sequence.fail("engine_unavailable", "The engine did not come back in time; try again later.")
 
     def _lost(self) -> None:
         """The connection is gone, and with it every sequence that had begun."""

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coserve.server.wire.messages import Generate, TokenLogprob, Tokens
+from coserve.server.wire.messages import Failed, Generate, TokenLogprob, Tokens
 
 _TOKENS_AT_ONCE = 2048
 
@@ -87,6 +87,12 @@ class EngineSequence:
         self.finished = part.finish_reason is not None
         self._parts.append(part)
         self._news.set()
+
+    def expire(self, now: float) -> None:
+        """While there is no engine to do so: ends the sequence if it is past its deadline."""
+        if self.message.deadline is not None and self.message.deadline <= now and not self.finished:
+            late = Failed.past_deadline(self.message)
+            self.fail(late.code, late.message)
 
     def fail(self, code: str, message: str) -> None:
         """Ends the sequence for its reader, who gets SequenceFailed after what came before."""

@@ -42,7 +42,7 @@ class Generation:
         self.arrived = arrived
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
-        self.failed = False
+        self.failure: str | None = None  # the code of the error that it ended with
         self._admission = admission
         self._place = place
         self._leave = leave
@@ -67,6 +67,7 @@ class Generation:
                 ttft_seconds=request.promise.ttft,
                 itl_seconds=request.promise.itl,
                 share=request.share,
+                deadline=None if request.timeout is None else self.arrived + request.timeout,
             )
             self._sequences[choice.index] = start(message, self._news)
 
@@ -95,8 +96,8 @@ class Generation:
             sequence = self._sequences[choice.index]
             try:
                 update = sequence.take()
-            except SequenceFailed:
-                self.failed = True
+            except SequenceFailed as failed:
+                self.failure = failed.code
                 raise
             if update is None:
                 continue

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from coserve.server.telemetry.catalogue import ENGINE_COUNTERS, ENGINE_GAUGES, ITL_BUCKETS, TTFT_BUCKETS
-from coserve.server.wire.messages import Stats, Tokens
+from coserve.server.wire.messages import DEADLINE_EXCEEDED, Stats, Tokens
 
 if TYPE_CHECKING:
     from coserve.server.gateway.engine_client import EngineClient
@@ -78,7 +78,8 @@ class Metrics:
         self._tokens.labels("cached").inc(usage.cached_tokens)
         self._tokens.labels("computed").inc(usage.computed_tokens)
         self._tokens.labels("completion").inc(usage.completion_tokens)
-        result = "failed" if generation.failed else "completed" if generation.done else "aborted"
+        ended = "completed" if generation.done else "aborted"
+        result = {None: ended, DEADLINE_EXCEEDED: "expired"}.get(generation.failure, "failed")
         self._requests.labels(result).inc()
         if result != "aborted":  # a client that left was promised nothing more
             self._attain(result == "completed" and _inside(generation))

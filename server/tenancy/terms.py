@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from coserve.server.wire.messages import EngineReady, TenantShare
 
+MAX_TIMEOUT = 86_400.0  # a day
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Timeout = Annotated[float, Field(gt=0, le=MAX_TIMEOUT, allow_inf_nan=False)]  # seconds
 Part = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 # OpenAI's tiers, and the scheduler's class of each.
@@ -32,6 +34,7 @@ class TenantTerms(BaseModel):
     kv_share: Part | None = None
     prefix_share: Part | None = None
     adapter_share: Part | None = None
+    request_timeout_seconds: Timeout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +54,38 @@ class TooTight(ValueError):
         self.field, self.asked, self.least = field, asked, least
 
 
-class Terms:
-    """All tenants' terms. `parts`: of K/V blocks, prefix cache and adapter pages, of who has none of its own."""
+class TooLong(ValueError):
+    """A request asked for more time than its tenant's requests have."""
 
-    def __init__(self, tenants: Mapping[str, TenantTerms], parts: tuple[float, float, float]) -> None:
-        self._tenants, self._parts = dict(tenants), parts
+    def __init__(self, most: float) -> None:
+        super().__init__(f"at most {most:g} s")
+        self.most = most
+
+
+class Terms:
+    """All tenants' terms. `parts`: of K/V blocks, prefix cache and adapter pages, of who has none of its own;
+    `timeout`: seconds after which requests are ended, likewise."""
+
+    def __init__(
+        self, tenants: Mapping[str, TenantTerms], parts: tuple[float, float, float], timeout: float | None
+    ) -> None:
+        self._tenants, self._parts, self._timeout = dict(tenants), parts, timeout
 
     def share(self, tenant_name: str) -> TenantShare:
         own = self._tenants.get(tenant_name, TenantTerms())
         given = (own.kv_share, own.prefix_share, own.adapter_share)
         parts = [all_ if one is None else one for one, all_ in zip(given, self._parts, strict=True)]
         return TenantShare(own.weight, *parts)
+
+    def timeout(self, tenant_name: str, asked: float | None) -> float | None:
+        """Seconds after which a request of the tenant is ended that asks for so many; None: never. Raises TooLong."""
+        own = self._tenants.get(tenant_name, TenantTerms()).request_timeout_seconds
+        most = self._timeout if own is None else own
+        if asked is None or most is None:
+            return most if asked is None else asked
+        if asked > most:
+            raise TooLong(most)
+        return asked
 
     def promise(
         self, tenant_name: str, engine: EngineReady, slo_class: str, ttft_ms: float | None, itl_ms: float | None

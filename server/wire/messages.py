@@ -66,6 +66,7 @@ class Generate:
     ttft_seconds: float | None = None  # promised from arrival to the first token; None: the engine's promise
     itl_seconds: float | None = None  # promised between two tokens; likewise
     share: TenantShare = TenantShare()
+    deadline: float | None = None  # when it is to be ended, finished or not; None: never
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,9 @@ class Tokens:
     stop_token: bool = False  # the last token id is a stop token: not part of the visible text
 
 
+DEADLINE_EXCEEDED = "deadline_exceeded"
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """A sequence that ended without a result."""
@@ -182,6 +186,16 @@ class Failed:
     request_id: str
     code: str  # an error code of the HTTP API, e.g. "adapter_invalid", "context_length_exceeded"
     message: str
+
+    @classmethod
+    def past_deadline(cls, sequence: Generate) -> Failed:
+        """What its reader is told when a sequence is ended at its deadline."""
+        had = (sequence.deadline or sequence.arrived) - sequence.arrived
+        text = (
+            f"The request was not finished within the {had:g} s that it had. Ask for fewer tokens, ask when less is "
+            "running, or let it have more time with 'request_timeout_seconds', as far as your terms allow."
+        )
+        return cls(sequence.request_id, DEADLINE_EXCEEDED, text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -327,6 +327,19 @@ def test_no_extreme_ends_the_engine_and_a_neighbour_never_notices(server, client
     assert server.pid("engine") == pid
 
 
+def test_a_request_is_ended_at_its_deadline_and_its_neighbour_is_not(server, client):
+    options = {"model": "tiny", "prompt": "Hello", "extra_body": {"ignore_eos": True}}
+    with ThreadPoolExecutor(1) as pool:
+        neighbour = pool.submit(lambda: client.completions.create(**options, max_tokens=64))
+        hurried = {"ignore_eos": True, "request_timeout_seconds": 0.02}
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.completions.create(**options | {"extra_body": hurried}, max_tokens=200)
+        assert (caught.value.status_code, caught.value.code) == (408, "deadline_exceeded")
+        assert neighbour.result().usage.completion_tokens == 64
+    with server.http() as http:
+        assert http.get("/v1/coserve/queue").json()["data"] == []
+
+
 def test_metrics_after_all_this(server):
     with server.http() as http:
         time.sleep(1.1)

@@ -59,6 +59,7 @@ def draw_world(seed: int) -> tuple[World, list[Stream], list[tuple[float, Sweep]
                 itl=r.choice((None, None, 0.5 * world.itl, 4.0 * world.itl)),
                 tenant=tenant,
                 weight=weight,
+                deadline=r.choice((None, None, None, at + r.choice((0.0, 0.1, 1.0)) * world.speed)),
             )
         )
     sweeps = []
@@ -93,7 +94,7 @@ def check_order(before: SchedulerState, plan: Plan) -> None:
     running = {r.request_id for r in before.requests if r.running}
     named = {p.request_id for p in plan.prefills}
     for newer in (r for r in before.requests if r.request_id in named - running):
-        for older in before.requests:
+        for older in (r for r in before.requests if r.request_id not in plan.expired):
             if older.request_id == newer.request_id:
                 break
             alike = (older.slo_class, older.tenant) == (newer.slo_class, newer.tenant)
@@ -118,10 +119,13 @@ def run(seed: int, schedulers: list[Scheduler], floor: float) -> World:
         plans = [s.plan(state) for s in schedulers]
         assert all(p == plans[0] for p in plans[1:]), "the same calls gave different plans"
         plan = plans[0]
+        if plan.empty and plan.expired:
+            world.expire(plan.expired)
+            continue
         if plan.empty:
             assert not can_run(state), "an empty plan although something can run"
             world.load_adapter(plan.adapters)
-            idle += 1
+            idle += bool(world.streams)  # else it waits for who is still to come
             assert idle < 200, "nothing runs any more"
             world.now += 0.01
             continue
@@ -151,7 +155,8 @@ def check_schedule(seed: int) -> None:
     world, streams, sweeps = draw_world(seed)
     config = SchedulerConfig(itl_seconds=world.itl, drain_after=0.2)
     ended = run(seed, [Scheduler(config)], config.floor_share)
-    assert len(ended.done) + len(ended.cancelled) == len(streams) and len(ended.done_sweeps) == len(sweeps)
+    assert len(ended.done) + len(ended.cancelled) + len(ended.expired) == len(streams)
+    assert len(ended.done_sweeps) == len(sweeps)
     assert ended.free == ended.blocks, "blocks leaked"
     for sweep in ended.done_sweeps:
         assert sweep.head_cuts == cut(sweep.labels, config.head_rows), "the budget cut a batch of label rows"

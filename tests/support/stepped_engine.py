@@ -32,7 +32,7 @@ from coserve.server.engine.shares import Shares
 from coserve.server.engine.stats import StatsClock
 from coserve.server.engine.trainer import Trainer
 from coserve.server.training.peft.folder import read_folder, version_digest
-from coserve.server.wire.messages import AdapterRef, Generate
+from coserve.server.wire.messages import AdapterRef, Generate, Tokens
 from coserve.server.wire.sync import EngineSocket
 
 AHEAD = os.environ.get("COSERVE_TEST_PLAN_AHEAD") == "1" or None  # as on a GPU: any test may be run in this way
@@ -116,4 +116,5 @@ class SteppedEngine:
 
     def tokens(self, request_id: str) -> list[int]:
         """What was sent of a sequence so far."""
-        return [t for m in self.socket.sent if getattr(m, "request_id", "") == request_id for t in m.token_ids]
+        said = (m for m in self.socket.sent if isinstance(m, Tokens) and m.request_id == request_id)
+        return [t for m in said for t in m.token_ids]

@@ -188,6 +188,12 @@ class Scheduler:
         boost = self.model.margins.boost
         return Draft(plan, state, slack, boost, policy, memory, admitted, admission.waiting > admitted)
 
+    def shortened(self, plan: Plan, state: SchedulerState, units: int) -> Plan:
+        """`plan` with its first `units` training units only, which is what ran of it."""
+        plan = replace(plan, units=plan.units[:units])
+        mean, upper = self.model.predict(plan_features(plan, state, self.traits))
+        return replace(plan, predicted_seconds=mean, upper_seconds=upper)
+
     def observe(
         self,
         plan: Plan,

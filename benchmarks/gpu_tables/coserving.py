@@ -71,7 +71,7 @@ class Switch:
         # One tenant sends everything here, so whose books of it the engine reads does not matter.
         ours = self._rules[OURS]
         self.share, self.queue, self.account, self.forecast = ours.share, ours.queue, ours.account, ours.forecast
-        self.errors, self.sweep_waits = ours.errors, ours.sweep_waits
+        self.errors, self.sweep_waits, self.shortened = ours.errors, ours.sweep_waits, ours.shortened
 
     def plan(self, state: Any) -> Any:
         return self._rules[self.current or OURS].plan(state)

@@ -70,6 +70,8 @@ class Engine:
         self._look_ahead(plan, state, flight)
         outcome = self._runner.finish(flight)
         seconds = time.perf_counter() - clock
+        if outcome.units < len(plan.units):
+            plan = self._scheduler.shortened(plan, state, outcome.units)
         if outcome.disturbed or outcome.captured:
             self._scheduler.account(plan, state, seconds)
         else:

@@ -6,7 +6,7 @@ does not fit in memory, or raises, is left out (`relief`): nothing is booked bef
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,7 @@ class Outcome:
     parts: dict[int | str, float] = field(default_factory=dict)  # seconds: "forward", and by index in plan.units
     failed: dict[str, Fault] = field(default_factory=dict)  # requests that end here
     lost: dict[int, Fault] = field(default_factory=dict)  # sweeps that hold nothing any more: their steps begin anew
+    units: int = 0  # of the plan, that were worked through before somebody asked
     disturbed: bool = False  # something did not run as planned: the seconds say nothing of the plan
     captured: bool = False  # a graph was made on the way: neither do they
 
@@ -73,11 +74,14 @@ class Runner:
     def __init__(
         self, model: BaseModel, cache: KVCache, requests: RequestBook, adapters: AdapterBook,
         cores: CoreSharing | None = None, graphs: DecodeGraphs | None = None, ahead: bool | None = None,
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
-        """`ahead`: None is as the device does, which on CUDA works on by itself."""
+        """`ahead`: None is as the device does, which on CUDA works on by itself. `asked`: whether a request has come
+        meanwhile: then the training units that have not begun are left to later iterations."""
         self.model, self._cache, self._cores = model, cache, cores
         self._requests, self._adapters, self._graphs = requests, adapters, graphs
         self.ahead = model.device.type == "cuda" if ahead is None else ahead
+        self._asked = asked
         self._pending: list[PendingReadings] = []
 
     def run(self, plan: Plan, sweeps: Mapping[int, Sweep]) -> Outcome:
@@ -99,6 +103,9 @@ class Runner:
             loads[:1] = self._forward_or_relief(loads[0], sweeps, outcome)
         watch.mark("forward")
         for index, unit in enumerate(plan.units):
+            if index and not self.ahead and self._asked():
+                break  # a prompt need not wait for what can as well run after it
+            outcome.units += 1
             if unit.sweep_id not in outcome.lost:
                 self._unit_or_loss(unit, sweeps[unit.sweep_id], outcome)
             watch.mark(index)

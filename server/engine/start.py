@@ -149,7 +149,7 @@ def _assemble(
 
     intake = Intake(socket, ready, requests, adapters, trainer, checks, iterations, loaded.max_model_len, shares)
     stats = StatsClock(socket, requests, trainer, pool, iterations, lambda: promises | holdings.gauges(), scheduler)
-    runner = Runner(model, cache, requests, adapters, cores, graphs, options.plan_ahead)
+    runner = Runner(model, cache, requests, adapters, cores, graphs, options.plan_ahead, lambda: socket.asked)
     engine = Engine(
         socket, intake, requests, adapters, trainer, scheduler, runner, iterations, stats,
         shares=shares, max_running=options.running(), beat=heartbeat.beat,

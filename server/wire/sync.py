@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coserve.server.wire.codec import HEADER_BYTES, WireError, decode, encode, frame_length
+from coserve.server.wire.messages import Generate
 
 MAX_UNSENT_BYTES = 64 * 1024 * 1024  # a gateway this far behind is not reading: it is disconnected
 _READ_BYTES = 1 << 18
@@ -139,6 +140,14 @@ class EngineSocket:
         self._check_thread()
         with self._news:
             return self._news.wait_for(lambda: bool(self._inbox) or self._closing, timeout) and bool(self._inbox)
+
+    @property
+    def asked(self) -> bool:
+        """Whether a request waits to be polled."""
+        if not self._inbox:
+            return False
+        with self._news:
+            return any(isinstance(message, Generate) for message, _ in self._inbox)
 
     def send(self, message: Any) -> bool:
         """Hands one message to the gateway that was last polled as Connected. Never blocks.

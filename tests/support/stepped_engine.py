@@ -58,7 +58,7 @@ class SteppedEngine:
     def __init__(
         self, data_dir: Path, *, blocks: int = 64, activation_blocks: int = 0, pool_bytes: int = 2**20,
         architecture: str = "llama", backend: Any = None, device: Any = "cpu", graphs_of: Any = None,
-        itl: float = 1.0, ahead: bool | None = AHEAD, **options: Any,
+        itl: float = 1.0, ahead: bool | None = AHEAD, asked: Any = lambda: False, **options: Any,
     ) -> None:  # fmt: skip
         self.data_dir = data_dir
         self.model = model = engine_model(architecture, torch.float32, backend=backend, device=device)
@@ -92,7 +92,7 @@ class SteppedEngine:
         )
         self.engine = Engine(
             self.socket, self.intake, self.requests, self.adapters, self.trainer, scheduler,
-            Runner(model, cache, self.requests, self.adapters, graphs=graphs, ahead=ahead),
+            Runner(model, cache, self.requests, self.adapters, graphs=graphs, ahead=ahead, asked=asked),
             iterations, stats, shares=shares, max_running=64, beat=lambda: None,
             max_adapters=lambda: self.adapters.capacity(r.version for r in self.requests),
         )  # fmt: skip

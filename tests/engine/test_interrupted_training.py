@@ -1,0 +1,75 @@
+"""A request that comes while an iteration trains waits for the unit under way, not for all that were planned."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from engine_process import write_job
+from peft_oracle import training_rows
+from safetensors.torch import load_file
+from stepped_engine import DIGEST, SteppedEngine
+
+from coserve.server.wire.messages import Abort, Generate, SamplingParams
+from coserve.server.wire.sync import EngineSocket
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run_job(folder: Path, asked) -> tuple[SteppedEngine, dict[str, torch.Tensor], list[dict]]:
+    folder.mkdir()
+    engine = SteppedEngine(folder, blocks=128, itl=5.0, train_window=16, ahead=False, asked=asked)
+    write_job(folder, "job", DIGEST, training_rows(16), batch_size=8, n_epochs=2)
+    engine.trainer.start("job")
+    engine.until(lambda: not engine.trainer.job_ids, seconds=60)
+    last = json.loads((folder / "jobs" / "job" / "events.jsonl").read_text().splitlines()[-1])
+    assert last["kind"] == "finished"
+    weights = load_file(folder / last["data"]["path"] / "adapter_model.safetensors")
+    return engine, weights, list(engine.engine._iterations.latest(2000))
+
+
+def test_units_that_are_left_run_later_to_the_same_bits(tmp_path):
+    turns = iter(range(10**9))
+    _, whole, plain = run_job(tmp_path / "whole", lambda: False)
+    _, cut, records = run_job(tmp_path / "cut", lambda: next(turns) % 3 == 2)
+    assert max(r["units"] for r in plain) > 6 and max(r["units"] for r in records) <= 3
+    assert len(records) > len(plain)
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+    for kind in ("train_forward", "head", "train_backward"):
+        totals = [sum(r["tokens"][kind] for r in some) for some in (plain, records)]
+        assert totals[0] == pytest.approx(totals[1])
+
+
+def test_what_did_not_run_is_neither_predicted_nor_learned_nor_charged(tmp_path):
+    asked = [False]
+    engine = SteppedEngine(tmp_path, blocks=128, itl=5.0, train_window=16, ahead=False, asked=lambda: asked[0])
+    write_job(tmp_path, "job", DIGEST, training_rows(16), batch_size=16, n_epochs=8)
+    engine.trainer.start("job")
+    engine.until(lambda: engine.counters["coserve_iterations_total"] > 20)
+    asked[0] = True
+    engine.until(lambda: engine.counters["coserve_iterations_total"] > 40)
+    records = [r for r in engine.engine._iterations.latest(15) if r["units"]]
+    assert records and all(r["units"] == 1 for r in records)
+    # A unit of toy size takes about a millisecond, a planned iteration up to five seconds.
+    assert all(r["predicted_s"] < 0.2 for r in records)
+    engine.trainer.stop("job", pause=False)
+    engine.until(lambda: not engine.trainer.job_ids)
+
+
+def test_only_a_request_asks(tmp_path):
+    sock = EngineSocket(str(tmp_path / "s"))
+    sock._inbox.append((Abort("r"), None))
+    assert not sock.asked
+    sock._inbox.append((Generate("r", "t", (1, 2), SamplingParams(max_tokens=1, seed=0), None, "s", time.monotonic()), None))
+    assert sock.asked
+    sock._inbox.clear()
+    assert not sock.asked

@@ -89,7 +89,7 @@ def test_more_load_needs_more_engines_and_affinity_fewer() -> None:
     assert engines_needed(policy, SETUP, replace(DEMAND, rate=12.0), seconds=6.0, sample=1).engines > needed.engines
     slow_loads = replace(SETUP, adapter_load=1.5)
     gathered, scattered = (
-        engines_needed(policy, slow_loads, replace(DEMAND, rate=9.0), affine=affine, seconds=10.0, sample=1)
+        engines_needed(policy, slow_loads, replace(DEMAND, rate=9.0), affine=affine, seconds=8.0, sample=1)
         for affine in (True, False)
     )
     assert scattered.engines > gathered.engines and scattered.most_adapters == 120 > gathered.most_adapters

@@ -36,7 +36,7 @@ from coserve.scheduler.costs import Costs
 from coserve.scheduler.crowd import Crowd
 from coserve.scheduler.device_cost import device_cost, row_seconds
 from coserve.scheduler.fairness import FairShare
-from coserve.scheduler.features import decode_load, forward_vector
+from coserve.scheduler.features import adapters_of, decode_load, forward_vector
 from coserve.scheduler.forecast import JobForecast, JobWork, forecast
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
@@ -128,8 +128,8 @@ class Scheduler:
         costs.begin()
         admission = policy.decide(state, share, lineup, self._crowd(lineup, share, costs))
         budget = self._budget(state, admission.decodes)
-        adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
-        decodes = decode_load(admission.decodes, self.traits)
+        adapters = adapters_of(admission.decodes)
+        decodes = decode_load(admission.decodes, adapters, self.traits)
         behind = policy.behind(state)
         tokens = self._chunks.tokens(state.now, admission.candidates, decodes, adapters, budget, costs, behind)
         load = with_chunks(decodes, admission.candidates, tokens, adapters, self.traits)

@@ -9,7 +9,8 @@ what the job has of the rest: its tokens/s ÷ (its tokens/s alone x the rest). *
 speed alone in units of the same size instead, which a server has whose promise is shorter by the decode step.
 
 *Error* is the median of |measured - predicted| ÷ measured over the iterations of streams and job, *far over* the share
-of them that took over 1.2 times the upper bound that the plan was filled up to.
+of them that took over 1.2 times the upper bound that the plan was filled up to. Beside them, *decode steps' own*: how
+far those of the streams alone are from the median of as many streams, and the share of them over 1.2 times that.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import Any
 
 from harness import Report, load_average, machine, median, parser, percentile, ratio, say, weight_shapes
 from live import Server, random_prompts, step_rate, training_rows
+from prediction import errors, predicted, spread
 
 STREAMS, NEW_TOKENS, PROMPT = 4, 64, 64
-FAR = 1.2
 Iteration = dict[str, Any]
 
 
@@ -65,13 +66,15 @@ class Part:
 
     @property
     def error(self) -> float | None:
-        errors = [abs(r["measured_s"] - r["predicted_s"]) / r["measured_s"] for r in self.iterations]
-        return statistics.median(errors) if errors else None
+        return errors(predicted(self.iterations))["median error"]
 
     @property
     def far_over(self) -> float | None:
-        found = self.iterations
-        return sum(r["measured_s"] > FAR * r["upper_s"] for r in found) / len(found) if found else None
+        return errors(predicted(self.iterations))["late by more than 20%"]
+
+    @property
+    def spread(self) -> dict[str, float | None]:
+        return spread(self.iterations)
 
 
 def main() -> None:
@@ -98,7 +101,8 @@ def promises(arguments: Any, shapes: Shapes) -> Report:
         f"Promises: {STREAMS} streams and a job, decode step {1e3 * step:.1f} ms",
         ["promise, decode steps", "ms", "inside, streams alone", "inside, with the job", "P99 ms, alone",
          "P99 ms, with", "streams tokens/s, alone", "with", "training tokens/s, alone", "with",
-         "inference's share of time", "kept", "kept, same units", "error", "far over"], facts,
+         "inference's share of time", "kept", "kept, same units", "error", "far over", "decode steps' own error",
+         "far over "], facts,
     )  # fmt: skip
     figures: dict[str, Any] = {}
     for factor in arguments.promises:
@@ -119,7 +123,8 @@ def promises(arguments: Any, shapes: Shapes) -> Report:
         report.rows.append(
             [f"{factor:g}", 1e3 * factor * step, _percent(alone.inside), _percent(both.inside), *map(_ms, (alone.p99,
              both.p99)), median(alone.streams), median(both.streams), median(job_alone.training), median(both.training),
-             _percent(share), _percent(kept), _percent(kept_same), _percent(both.error), _percent(both.far_over)]
+             _percent(share), _percent(kept), _percent(kept_same), _percent(both.error), _percent(both.far_over),
+             *map(_percent, alone.spread.values())]
         )  # fmt: skip
         parts = {"streams alone": alone, "job alone": job_alone, "both": both, "job alone, same units": same_units}
         figures[f"{factor:g}"] = {
@@ -188,7 +193,7 @@ def _figures(part: Part) -> dict[str, Any]:
     return {
         "streams_tokens_per_second": part.streams, "training_tokens_per_second": part.training,
         "iterations": len(part.iterations), "inside": part.inside, "p99_s": part.p99, "error": part.error,
-        "far_over": part.far_over,
+        "far_over": part.far_over, "spread": part.spread,
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ Decode rows that a captured graph runs have a curve of their own, over the rows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,11 +98,15 @@ class ForwardLoad:
         )  # fmt: skip
 
 
-def decode_load(decodes: Sequence[RequestState], traits: Traits) -> ForwardLoad:
-    """These streams' next tokens, and nothing else."""
+def adapters_of(requests: Sequence[RequestState]) -> dict[str, int]:
+    """Their distinct adapters, and the pages of each."""
+    return {r.adapter: r.adapter_pages for r in requests if r.adapter is not None}
+
+
+def decode_load(decodes: Sequence[RequestState], adapters: Mapping[str, int], traits: Traits) -> ForwardLoad:
+    """The next tokens of these streams, whose adapters are known, and nothing else."""
     rows = len(decodes)
-    adapters = {r.adapter: r.adapter_pages for r in decodes if r.adapter is not None}
-    passed = sum([r.adapter_pages for r in decodes if r.adapter is not None]) if adapters else 0
+    passed = sum([r.adapter_pages for r in decodes]) if adapters else 0
     return ForwardLoad(
         decode_rows=rows, decode_context=traits.context([r.total_tokens for r in decodes]), logit_rows=rows,
         adapters=len(adapters), adapter_sizes=sum(adapters.values()) / traits.usual_pages,

@@ -41,7 +41,7 @@ from coserve.scheduler.crowd import Crowd
 from coserve.scheduler.deadlines import Expired, without_expired
 from coserve.scheduler.device_cost import device_cost, row_seconds
 from coserve.scheduler.fairness import FairShare
-from coserve.scheduler.features import decode_load, forward_vector
+from coserve.scheduler.features import adapters_of, decode_load, forward_vector
 from coserve.scheduler.forecast import JobForecast, JobWork, forecast
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
@@ -151,8 +151,8 @@ class Scheduler:
         else:
             moves = memory.decide(state, standing, admission, policy.behind(state), share)
         budget = iteration_budget(self.config, state.now, admission.decodes, lineup.expects)
-        adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
-        decodes = decode_load(admission.decodes, self.traits)
+        adapters = adapters_of(admission.decodes)
+        decodes = decode_load(admission.decodes, adapters, self.traits)
         sweeps = share.order_sweeps(moves.runnable)
         due = self._training.due(sweeps, decodes, budget, costs)
         owed = due.beside if due else None  # it has its place before prompts

@@ -58,6 +58,12 @@ class Engine:
     def adapters(self) -> int:
         return sum(adapter is not None for _, adapter in self.rates)
 
+    def strain(self, places: int) -> float:
+        """Requests a second; one for an adapter that is not among the `places` most asked counts twice: it is loaded
+        for it, and shares a pass with few others."""
+        rates = sorted((rate for (_, adapter), rate in self.rates.items() if adapter is not None), reverse=True)
+        return self.rate + sum(rates[places:])
+
     def chooser(self, rng: random.Random) -> Callable[[], tuple[str, float, str | None, str]]:
         """Draws (tenant, weight, adapter, class), as `Population` does."""
         keys, weights = list(self.rates), list(accumulate(self.rates.values()))

@@ -48,6 +48,9 @@ def test_a_tenants_next_job_waits_for_its_own_and_its_requests_have_the_rest(tmp
     world.until(lambda: world.trainer.waits)
     assert world.placed == ["j0", "j1"] and world.trainer.waits == {"j2": OWN_JOBS}
     assert world.limit == int(2.5 * world.pages) - 2 * world.pages
+    world.until(world.trainer.states)
+    told = [job for sweep in world.trainer.states() for job in sweep.jobs]
+    assert told and all(job.adapter_pages == world.pages for job in told), "what a row of theirs passes through"
     most = 0
 
     def over() -> bool:

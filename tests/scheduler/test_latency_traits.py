@@ -11,7 +11,7 @@ import pytest
 from scheduler_states import prompt, state, stream, sweep
 
 from coserve.scheduler import Scheduler, SchedulerConfig
-from coserve.scheduler.features import GRAPH, ForwardLoad, backward_vector, forward_vector, overhead_vector
+from coserve.scheduler.features import ADAPTERS, GRAPH, ForwardLoad, backward_vector, forward_vector, overhead_vector
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.plan_features import PlanFeatures, plan_features, plan_load
 from coserve.scheduler.policy import Draft
@@ -63,6 +63,7 @@ def test_a_plan_counts_windows_adapters_and_its_graph() -> None:
     with_prompt = plan_load(replace(decodes, prefills=(Prefill("p4", 25),)), requests, sweeps, TRAITS)
     assert with_prompt.prefill_work == (brute(30, 25, 16) + brute(30, 25, None)) / 2 and with_prompt.graph_rows == 0
     assert (with_prompt.adapters, with_prompt.adapter_sizes, with_prompt.adapter_rows) == (2, 2.5, 1.0 + 25 * 2)
+    assert forward_vector(with_prompt)[ADAPTERS : ADAPTERS + 3].tolist() == [2 / 8, 2.5 / 8, 51 / 128]
     ridden = plan_load(replace(decodes, rides=(Ride(0, 32),)), requests, sweeps, TRAITS)
     assert ridden.ride_work == (brute(64, 32, 16) + brute(64, 32, None)) / 2 and ridden.graph_rows == 0
     assert ridden.adapter_sizes == 0.5 + 4.5 and ridden.adapter_rows == pytest.approx(1.0 + 32 * 1.375)

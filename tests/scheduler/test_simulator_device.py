@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
+from coserve.scheduler.plan_features import plan_load
 from coserve.scheduler.simulation.cards import Curve, Noise, cards
 from coserve.scheduler.simulation.device import Device
 from coserve.scheduler.simulation.streams import BrokenPlan, Stream, Sweep
-from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Plan, Prefill, Ride
+from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Plan, Prefill, Ride, SweepJob
+from coserve.scheduler.traits import Traits
 
 CARD = cards()["cpu-270m"].quiet()
 
@@ -125,6 +127,27 @@ def test_noise_is_as_wide_as_it_says() -> None:
     assert statistics.median(drawn) == pytest.approx(0.5, abs=0.003)
     assert sum(s > 0.75 for s in drawn) / len(drawn) == pytest.approx(0.02, rel=0.2) and max(drawn) < 1.8
     assert {Noise().draw(rng, 2.0) for _ in range(9)} == {2.0}
+
+
+def test_the_device_counts_what_the_scheduler_counts() -> None:
+    """By code of its own: windows, adapters of several sizes, graphs."""
+    card = replace(CARD, layers=4, head_steps=4, windows=(16, None, 50, 16), graph_rows=(2, 4))
+    d = device(pages={"a": 7})
+    d.card, d.sweeps = (
+        card,
+        [Sweep(0, 200, 40, window=64, forwarded=64, jobs=(SweepJob("j", "t", 1.0, "normal", 0, 3),))],
+    )
+    d.__post_init__()
+    d.streams.append(Stream("e", 0.0, 30, 9, "batch", "a", generated=1, computed=30, blocks=2, running=True))
+    traits = Traits(card.windows, card.graph_rows)
+    requests, sweeps = {r.request_id: r for r in d.state().requests}, {0: d.state().sweeps[0]}
+    for plan in (
+        Plan(decodes=("d", "e")), Plan(decodes=("d",), prefills=(Prefill("w", 40),)),
+        Plan(decodes=("d", "e"), prefills=(Prefill("w", 12),), rides=(Ride(0, 64),)),
+    ):  # fmt: skip
+        mine, its = d.load(plan), plan_load(plan, requests, sweeps, traits)
+        assert asdict(mine) == pytest.approx(asdict(its))
+    assert d.load(Plan(decodes=("d", "e"))).graph_rows == 2
 
 
 def test_a_stall_takes_as_long_whatever_it_meets() -> None:

@@ -96,8 +96,8 @@ class Lineup:
             # Deadlines are looked at when the turn of a tenant's level has come.
             while later and (not heap or later[-1][0] <= heap[0][0]):
                 turn, tenant = later.pop()
-                due = min(map(_DUE, queues[tenant]))
-                heappush(heap, (turn, due <= now, due, queues[tenant][0].arrived, tenant))
+                head = min(queues[tenant], key=_DUE)
+                heappush(heap, (turn, head.ttft_deadline <= now, head.ttft_deadline, head.arrived, tenant))
             tenant = heap[0][-1]
             if tenant in self._shut:
                 heappop(heap)
@@ -110,7 +110,7 @@ class Lineup:
             yield request
             if order:
                 served[tenant] += share.cost(request)
-                due = order[-1].ttft_deadline
-                heapreplace(heap, (share.turn(served[tenant]), due <= now, due, order[-1].arrived, tenant))
+                turn, head = share.turn(served[tenant]), order[-1]
+                heapreplace(heap, (turn, head.ttft_deadline <= now, head.ttft_deadline, head.arrived, tenant))
             else:
                 heappop(heap)

@@ -148,6 +148,8 @@ def run(seed: int, schedulers: list[Scheduler], floor: float) -> World:
         idle = 0
         check_order(state, plan)
         check_classes(state, plan, schedulers[0]._admission.kept_back)
+        due = [r.itl_deadline for r in state.requests if r.request_id in plan.decodes and r.itl_deadline is not None]
+        assert plan.budget_seconds <= min(due, default=world.itl) - (state.now if due else 0.0) + 1e-9
         training = bool(plan.rides or plan.units)
         if floor == 0.0 and training and (plan.decodes or plan.prefills):
             assert plan.upper_seconds <= plan.budget_seconds + 1e-9, "training went over the budget"
@@ -172,11 +174,10 @@ def cut(total: int, size: int) -> list[int]:
 
 def check_schedule(seed: int) -> None:
     world, streams, sweeps = draw_world(seed)
-    config = SchedulerConfig(itl_seconds=world.itl, drain_after=0.2)
+    config = SchedulerConfig(itl_seconds=world.itl, ttft_seconds=10.0 * world.itl, drain_after=0.2)
     ended = run(seed, [Scheduler(config)], config.floor_share)
-    assert len(ended.done) + len(ended.cancelled) == len(streams) and len(ended.done_sweeps) + len(
-        ended.dropped
-    ) == len(sweeps)
+    assert len(ended.done) + len(ended.cancelled) == len(streams)
+    assert len(ended.done_sweeps) + len(ended.dropped) == len(sweeps)
     assert ended.free == ended.blocks, "blocks leaked"
     for sweep in ended.done_sweeps:
         assert sweep.head_cuts == cut(sweep.labels, config.head_rows), "the budget cut a batch of label rows"

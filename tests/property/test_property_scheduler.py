@@ -149,7 +149,7 @@ def run(seed: int, schedulers: list[Scheduler], floor: float) -> World:
         check_order(state, plan)
         check_classes(state, plan, schedulers[0]._admission.kept_back)
         due = [r.itl_deadline for r in state.requests if r.request_id in plan.decodes and r.itl_deadline is not None]
-        assert plan.budget_seconds <= min(due, default=world.itl) - (state.now if due else 0.0) + 1e-9
+        assert not due or plan.budget_seconds <= min(due) - state.now + 1e-9
         training = bool(plan.rides or plan.units)
         if floor == 0.0 and training and (plan.decodes or plan.prefills):
             assert plan.upper_seconds <= plan.budget_seconds + 1e-9, "training went over the budget"

@@ -35,6 +35,7 @@ from coserve.scheduler.progress import PRIORITIES, SweepProgress, SweepQueue
 from coserve.scheduler.state import Ride, SweepState, Unit
 
 Stand = tuple[int, ...]
+_WORTHWHILE = 0.125  # of an iteration: smaller pieces would crowd prompts out of more iterations than whole ones break
 _MOST_REFUSED = 8  # sweeps that stand elsewhere and find no room: what is left is too little to ask all jobs
 
 
@@ -94,8 +95,10 @@ class TrainingPolicy:
             whole = self._next_whole(SweepProgress(sweep), plan, costs)
             if owed < whole <= budget - plan.upper:
                 continue
-            if decodes.rows and self._add_beside(SweepProgress(sweep), plan, budget, costs):
-                if plan.mean - costs.base(decodes)[0] <= owed:
+            beside = decodes.rows > 0 and self._add_beside(SweepProgress(sweep), plan, budget, costs)
+            seconds = plan.mean - costs.base(decodes)[0]
+            if beside and seconds >= min(0.999 * whole, _WORTHWHILE * budget):
+                if seconds <= owed:
                     return Due(sweep, owed, plan)
             elif whole <= owed:
                 return Due(sweep, owed, None)

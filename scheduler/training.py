@@ -117,20 +117,21 @@ class TrainingPolicy:
         if load.rows and (due is None or due.beside is None):
             costs.leave_room(load, budget, self._config.margin_share)
         plan = _begin(load, costs)
-        owed = SweepProgress(due.sweep) if due is not None else None
-        if due is not None and owed is not None and due.beside is not None:
-            _repeat(due.beside, owed, plan, costs)
-        queues = {p: SweepQueue(sweeps, p, owed) for p in PRIORITIES}
-        order: Iterable[SweepProgress] = chain(queues["normal"], queues["low"])
-        if owed is not None and plan.empty and queues["low"].first is owed:
-            order = chain((owed,), queues["normal"], (s for s in queues["low"] if s is not owed))
-        if load.rows == 0:
-            self._fill_alone(order, plan, budget, costs)
-        else:
-            self._fill_beside(order, plan, budget, costs)
-            if due is not None and owed is not None and not _works_on(plan, due.sweep.sweep_id):
-                # Over the budget, but owed: the largest unit that the debt covers.
+        owed = None
+        if due is not None:
+            owed = SweepProgress(due.sweep)
+            if due.beside is not None:
+                _repeat(due.beside, owed, plan, costs)
+            elif load.rows:  # over the budget: the largest unit that the debt covers, and nothing else
                 self._add_beside(owed, plan, plan.upper + due.seconds, costs, mean_only=True)
+        queues = {p: SweepQueue(sweeps, p, owed) for p in PRIORITIES}
+        if load.rows:
+            self._fill_beside(chain(queues["normal"], queues["low"]), plan, budget, costs)
+            return plan
+        order = chain(queues["normal"], queues["low"])
+        if owed is not None and queues["low"].first is owed:
+            order = chain((owed,), queues["normal"], (s for s in queues["low"] if s is not owed))
+        self._fill_alone(order, plan, budget, costs)
         return plan
 
     def _next_whole(self, sweep: SweepProgress, plan: TrainingPlan, costs: Costs) -> float:
@@ -292,7 +293,3 @@ def _stand(sweep: SweepProgress) -> Stand:
         sweep.partial_tokens, sweep.partial_layer, sweep.ridden, sweep.sliced, sweep.head_ready, sweep.head_left,
         sweep.head_partial_rows, sweep.head_partial_steps, sweep.backward_tokens,
     )  # fmt: skip
-
-
-def _works_on(plan: TrainingPlan, sweep_id: int) -> bool:
-    return any(r.sweep_id == sweep_id for r in plan.rides) or any(u.sweep_id == sweep_id for u in plan.units)

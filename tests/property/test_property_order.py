@@ -30,7 +30,7 @@ from coserve.scheduler.state import (
     Unit,
 )  # fmt: skip
 
-CONFIG = SchedulerConfig(itl_seconds=ITL, floor_share=0.0, crowd_share=1e6)
+CONFIG = SchedulerConfig(itl_seconds=ITL, ttft_seconds=2.0, floor_share=0.0, crowd_share=1e6)
 MODEL = learned()
 
 
@@ -156,9 +156,17 @@ def fits(scheduler: Scheduler, plan: Plan, state: SchedulerState, piece: Ride | 
     return plan.upper_seconds + 1.05 * more + 1e-4 <= room
 
 
-def promised(scheduler: Scheduler) -> float:
+def promised(scheduler: Scheduler, plan: Plan) -> float:
     """What iterations that train may take of the promise."""
-    return ITL * (CONFIG.training_share if scheduler.share.shared else 1.0)
+    return max(ITL, plan.budget_seconds) * (CONFIG.training_share if scheduler.share.shared else 1.0)
+
+
+def check_budget(state: SchedulerState, plan: Plan) -> None:
+    """It is the promise, or that of streams that all have looser ones, if nobody else is there or on the way in."""
+    due = min((r.itl_deadline - NOW for r in state.requests if r.itl_deadline is not None), default=inf)
+    asked = any(r.slo_class == "interactive" and not r.decoding for r in state.requests)
+    most = ITL if asked or due == inf else CONFIG.arrival_share * CONFIG.ttft_seconds
+    assert plan.budget_seconds == pytest.approx(min(due, most))
 
 
 def mean(scheduler: Scheduler, plan: Plan, piece: Ride | Unit, state: SchedulerState) -> float:
@@ -174,6 +182,7 @@ def check_beside(seed: int) -> None:
     alone, _ = draw(seed)
     order = due_order(scheduler, state)
     plan, bare = scheduler.plan(state), alone.plan(replace(state, sweeps=()))
+    check_budget(state, plan)
     runnable = state.requests or any(not SweepProgress(s).done for s in state.sweeps)
     assert bool(runnable) is not plan.empty
     assert (plan.decodes, plan.prefills) == (bare.decodes, bare.prefills), "training changed what requests get"
@@ -186,7 +195,7 @@ def check_beside(seed: int) -> None:
     ends = slack(order, bare, bare.upper_seconds)
     level = min((scheduler.share.served(r.tenant) for r in order[: len(plan.prefills)]), default=inf)
     behind = [s for s in state.sweeps if scheduler.share.served(s.jobs[0].tenant) <= level]
-    room = min(plan.budget_seconds, ends, promised(scheduler))
+    room = min(plan.budget_seconds, ends, promised(scheduler, plan))
     if plan.rides or plan.units:
         assert plan.upper_seconds <= room + 1e-9, "training makes somebody late"
         assert {t.sweep_id for t in (*plan.rides, *plan.units)} <= {s.sweep_id for s in behind}, "somebody waits for it"
@@ -221,7 +230,7 @@ def check_alone(seed: int) -> None:
         piece = Ride(number, following.next_forward())
     else:
         piece = BackwardUnit(number, following.next_backward())
-    assert not fits(scheduler, plan, state, piece, promised(scheduler)), f"{piece} fits"
+    assert not fits(scheduler, plan, state, piece, promised(scheduler, plan)), f"{piece} fits"
 
 
 def check_floor(seed: int) -> None:

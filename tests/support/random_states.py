@@ -65,17 +65,18 @@ def draw_requests(r: random.Random, tenants: int, streams: int = 4, prompts: int
     kinds = [r.choice(("decode", "prompt", "waiting", "waiting")) for _ in made]
     while kinds.count("decode") > streams:
         kinds[kinds.index("decode")] = "waiting"
-    return tuple(_as(kind, one, r) for kind, one in zip(kinds, made, strict=True))
+    promises = r.choice(((0.05, 0.1, 0.24, 0.24), (0.24,), (0.24, 0.4, 0.9), (0.4, 0.9)))
+    return tuple(_as(kind, one, r, promises) for kind, one in zip(kinds, made, strict=True))
 
 
-def _as(kind: str, one: RequestState, r: random.Random) -> RequestState:
+def _as(kind: str, one: RequestState, r: random.Random, promises: tuple[float, ...]) -> RequestState:
     if kind == "waiting":
         return one
     done = one.total_tokens - 1 if kind == "decode" else r.randint(1, one.total_tokens - 1)
     held = replace(one, computed_tokens=done, blocks_held=-(-done // 16), running=True)
     if kind == "prompt":
         return held
-    return replace(held, output_tokens=3, itl_deadline=NOW + r.choice((0.05, 0.1, 0.24, 0.24, 0.24)))
+    return replace(held, output_tokens=3, itl_deadline=NOW + r.choice(promises))
 
 
 def draw_sweep(r: random.Random, number: int, tenant: str) -> SweepState:

@@ -88,8 +88,8 @@ class Lineup:
 
     def _turns(self, queues: _Queues) -> Iterator[RequestState]:
         share, now = self._share, self._now
-        served = {tenant: share.served(tenant) for tenant in queues}
-        later = sorted(((share.turn(level), tenant) for tenant, level in served.items()), reverse=True)
+        later = share.turns(queues)
+        served: dict[str, float] = {}  # of those that had a turn, what they were given included
         heap: list[tuple[float, bool, float, float, str]] = []
         orders: dict[str, list[RequestState]] = {}  # what is left of queues that had a turn, the next one last
         while heap or later:
@@ -109,7 +109,7 @@ class Lineup:
             request = order.pop()
             yield request
             if order:
-                served[tenant] += share.cost(request)
+                served[tenant] = served.get(tenant, share.served(tenant)) + share.cost(request)
                 turn, head = share.turn(served[tenant]), order[-1]
                 heapreplace(heap, (turn, head.ttft_deadline <= now, head.ttft_deadline, head.arrived, tenant))
             else:

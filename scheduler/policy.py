@@ -96,6 +96,8 @@ class Scheduler:
             draft: made ahead for this state, perhaps. If it holds, the plan is `draft.plan` itself.
         """
         self._rate.meet(state, self.model)
+        if not state.sweeps:
+            self._training.floor.forget()
         lineup = self._meet(self.share, state)
         if draft is None or not self._holds(draft, state, lineup):
             draft = self._make(state, self.share, lineup, self._admission)

@@ -104,6 +104,12 @@ class FairShare:
         """Who has been served so much goes before whoever has a larger one, and is level with those of the same."""
         return served // self._step if self._step else served
 
+    def turns(self, tenants: Iterable[str]) -> list[tuple[float, str]]:
+        """Each tenant's, the last one first."""
+        known, step = self._served, self._step
+        served = [(known[t] if t in known else self.served(t), t) for t in tenants]
+        return sorted([(level // step, t) for level, t in served] if step else served, reverse=True)
+
     def charge(self, seconds: Mapping[str, float]) -> None:
         """Device seconds by tenant, of those that are there; what an iteration outside of plans took (a calibration)
         is nobody's."""
@@ -130,7 +136,8 @@ class FairShare:
 
     def _served_of(self, sweep: SweepState) -> float:
         if len(sweep.jobs) == 1:
-            return self.served(sweep.jobs[0].tenant)
+            served = self._served.get(sweep.jobs[0].tenant)
+            return self.served(sweep.jobs[0].tenant) if served is None else served
         return min((self.served(job.tenant) for job in sweep.jobs), default=0.0)
 
     def order_running(self, requests: list[RequestState]) -> list[RequestState]:

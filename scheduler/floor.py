@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from coserve.scheduler.progress import PRIORITIES, SweepProgress, priority_of
 from coserve.scheduler.state import SweepState
 
-_LEAST = 0.05  # of a promise: a smaller debt is not worth a unit yet
+_LEAST = 0.125  # of a promise: a smaller debt is not worth a unit yet
 
 
 class Floor:
@@ -27,6 +27,10 @@ class Floor:
         owed = [(p, seconds) for p, seconds in self._owed.items() if seconds > self._least]
         oldest = [(_oldest(sweeps, p), seconds) for p, seconds in owed]
         return [(sweep, seconds) for sweep, seconds in oldest if sweep is not None]
+
+    def forget(self) -> None:
+        """There is nobody to owe to."""
+        self._owed = dict.fromkeys(PRIORITIES, 0.0)
 
     def settle(self, sweeps: Iterable[SweepState], seconds: float, trained: Mapping[int, float]) -> None:
         """Account for an iteration of `seconds`, `trained` of which went to the sweeps with these ids."""

@@ -89,16 +89,16 @@ class Lineup:
 
     def _turns(self, queues: _Queues) -> Iterator[RequestState]:
         share, now = self._share, self._now
-        served = {tenant: share.served(tenant) for tenant in queues}
-        later = sorted(((share.turn(level), tenant) for tenant, level in served.items()), reverse=True)
+        later = share.turns(queues)
+        served: dict[str, float] = {}  # of those that had a turn, what they were given included
         heap: list[tuple[float, bool, float, float, str]] = []
         orders: dict[str, list[RequestState]] = {}  # what is left of queues that had a turn, the next one last
         while heap or later:
             # Deadlines are looked at when the turn of a tenant's level has come.
             while later and (not heap or later[-1][0] <= heap[0][0]):
                 turn, tenant = later.pop()
-                due = min(map(_DUE, queues[tenant]))
-                heappush(heap, (turn, due <= now, due, queues[tenant][0].arrived, tenant))
+                head = min(queues[tenant], key=_DUE)
+                heappush(heap, (turn, head.ttft_deadline <= now, head.ttft_deadline, head.arrived, tenant))
             tenant = heap[0][-1]
             if tenant in self._shut:
                 heappop(heap)
@@ -110,8 +110,8 @@ class Lineup:
             request = order.pop()
             yield request
             if order:
-                served[tenant] += share.cost(request)
-                due = order[-1].ttft_deadline
-                heapreplace(heap, (share.turn(served[tenant]), due <= now, due, order[-1].arrived, tenant))
+                served[tenant] = served.get(tenant, share.served(tenant)) + share.cost(request)
+                turn, head = share.turn(served[tenant]), order[-1]
+                heapreplace(heap, (turn, head.ttft_deadline <= now, head.ttft_deadline, head.arrived, tenant))
             else:
                 heappop(heap)

@@ -99,6 +99,8 @@ class Scheduler:
         """
         self._rate.meet(state, self.model)
         state, expired = without_expired(state)
+        if not state.sweeps:
+            self._training.floor.forget()
         lineup = self._meet(self.share, state)
         if draft is None or draft.plan.expired != expired.ids or not self._holds(draft, state, lineup):
             draft = self._make(state, expired, self.share, lineup)

@@ -36,6 +36,7 @@ from coserve.scheduler.state import Ride, SweepState, Unit
 from coserve.scheduler.traits import Traits
 
 Stand = tuple[float, ...]
+_WORTHWHILE = 0.125  # of an iteration: smaller pieces would crowd prompts out of more iterations than whole ones break
 _MOST_REFUSED = 8  # sweeps that stand elsewhere and find no room: what is left is too little to ask all jobs
 
 
@@ -96,8 +97,10 @@ class TrainingPolicy:
             whole = self._next_whole(SweepProgress(sweep), plan, costs)
             if owed < whole <= budget - plan.upper:
                 continue
-            if decodes.rows and self._add_beside(SweepProgress(sweep), plan, budget, costs):
-                if plan.mean - costs.base(decodes)[0] <= owed:
+            beside = decodes.rows > 0 and self._add_beside(SweepProgress(sweep), plan, budget, costs)
+            seconds = plan.mean - costs.base(decodes)[0]
+            if beside and seconds >= min(0.999 * whole, _WORTHWHILE * budget):
+                if seconds <= owed:
                     return Due(sweep, owed, plan)
             elif whole <= owed:
                 return Due(sweep, owed, None)
@@ -116,20 +119,21 @@ class TrainingPolicy:
         if load.rows and (due is None or due.beside is None):
             costs.leave_room(load, budget, self._config.margin_share)
         plan = _begin(load, costs)
-        owed = SweepProgress(due.sweep) if due is not None else None
-        if due is not None and owed is not None and due.beside is not None:
-            _repeat(due.beside, owed, plan, costs)
-        queues = {p: SweepQueue(sweeps, p, owed) for p in PRIORITIES}
-        order: Iterable[SweepProgress] = chain(queues["normal"], queues["low"])
-        if owed is not None and plan.empty and queues["low"].first is owed:
-            order = chain((owed,), queues["normal"], (s for s in queues["low"] if s is not owed))
-        if load.rows == 0:
-            self._fill_alone(order, plan, budget, costs)
-        else:
-            self._fill_beside(order, plan, budget, costs)
-            if due is not None and owed is not None and not _works_on(plan, due.sweep.sweep_id):
-                # Over the budget, but owed: the largest unit that the debt covers.
+        owed = None
+        if due is not None:
+            owed = SweepProgress(due.sweep)
+            if due.beside is not None:
+                _repeat(due.beside, owed, plan, costs)
+            elif load.rows:  # over the budget: the largest unit that the debt covers, and nothing else
                 self._add_beside(owed, plan, plan.upper + due.seconds, costs, mean_only=True)
+        queues = {p: SweepQueue(sweeps, p, owed) for p in PRIORITIES}
+        if load.rows:
+            self._fill_beside(chain(queues["normal"], queues["low"]), plan, budget, costs)
+            return plan
+        order = chain(queues["normal"], queues["low"])
+        if owed is not None and queues["low"].first is owed:
+            order = chain((owed,), queues["normal"], (s for s in queues["low"] if s is not owed))
+        self._fill_alone(order, plan, budget, costs)
         return plan
 
     def _next_whole(self, sweep: SweepProgress, plan: TrainingPlan, costs: Costs) -> float:
@@ -290,7 +294,3 @@ def _stand(sweep: SweepProgress, traits: Traits) -> Stand:
         sweep.partial_tokens, sweep.partial_layer, sweep.ridden, sweep.sliced, sweep.head_ready, sweep.head_left,
         sweep.head_partial_rows, sweep.head_partial_steps, sweep.backward_tokens,
     )  # fmt: skip
-
-
-def _works_on(plan: TrainingPlan, sweep_id: int) -> bool:
-    return any(r.sweep_id == sweep_id for r in plan.rides) or any(u.sweep_id == sweep_id for u in plan.units)

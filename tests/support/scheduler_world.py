@@ -36,6 +36,7 @@ class World(Device):
         super().__init__(card, blocks, block_size, max_running, max_adapters, itl, seed, limits=limits or {})
         self.noise, self.speed = noise, speed
         self.cancelled: list[Stream] = []
+        self.dropped: list[Sweep] = []
 
     def forward_seconds(self, plan: Plan) -> float:
         rows = len(plan.decodes) + sum(p.tokens for p in plan.prefills) + sum(r.tokens for r in plan.rides)

@@ -48,6 +48,7 @@ from coserve.scheduler.forecast import JobForecast, JobWork, forecast
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.margin import Errors
+from coserve.scheduler.outputs import Outputs
 from coserve.scheduler.queue import QueueClock, Queued
 from coserve.scheduler.rates import TrainingRate
 from coserve.scheduler.state import Plan, Prefill, RequestState, SchedulerState, SweepState
@@ -76,7 +77,8 @@ class Scheduler:
         self.config = config
         self.model = LatencyModel(config.quantile, config.prompt_quantile, config.forgetting)
         self.share = FairShare(config.credit, config.remembered)
-        self._admission = AdmissionPolicy(config)
+        self._outputs = Outputs(config.known_outputs, config.surprise)
+        self._admission = AdmissionPolicy(config, self._outputs)
         self._chunks = ChunkPolicy(config)
         self._training = TrainingPolicy(config)
         self._clock = QueueClock()
@@ -236,6 +238,7 @@ class Scheduler:
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
         self._rate.count(plan, state)
+        self._outputs.note(plan, state)
         self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
         self.share.charge(device_cost(plan, state, seconds, trained, self.model))
 

@@ -15,10 +15,11 @@ _NO_LIMIT = 1 << 60
 
 
 class Room:
-    __slots__ = ("_adapters", "_limits", "_max_adapters", "_pages", "_used", "free", "size")
+    __slots__ = ("_adapters", "_limits", "_max_adapters", "_pages", "_used", "free", "granted", "size")
 
     def __init__(self, state: SchedulerState, running: Sequence[RequestState]) -> None:
         self.free = state.free_blocks  # of nobody; never negative
+        self.granted = 0  # blocks that were free and are no longer
         self.size = state.block_size
         self._max_adapters = state.max_adapters
         self._limits = state.limits
@@ -43,7 +44,9 @@ class Room:
 
     def take(self, request: RequestState, tokens: int) -> None:
         """The blocks that `request` lacks for its first `tokens` tokens are no longer free."""
-        self.free -= self.needed(request, tokens)
+        blocks = self.needed(request, tokens)
+        self.free -= blocks
+        self.granted += blocks
 
     def claim(self, request: RequestState, blocks: int) -> None:
         """Count `blocks` more in the share of the request's tenant."""

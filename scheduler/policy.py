@@ -82,6 +82,7 @@ class Scheduler:
         self._chunks = ChunkPolicy(config)
         self._training = TrainingPolicy(config)
         self._clock = QueueClock()
+        self._planned = Plan()  # the last one
         self._rate = TrainingRate(config.itl_seconds, config.floor_share, config.head_rows)
         self._costs = Costs(self.model)
 
@@ -102,6 +103,7 @@ class Scheduler:
             draft = self._make(state, expired, self.share, lineup, self._admission)
         self._admission = draft.admission
         self._clock.note(state.now, draft.waiting, draft.admitted)
+        self._planned = draft.plan
         return draft.plan
 
     def draft(self, state: SchedulerState) -> Draft:
@@ -238,7 +240,8 @@ class Scheduler:
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
         self._rate.count(plan, state)
-        self._outputs.note(plan, state)
+        if plan is self._planned:  # what ran outside of plans (a calibration) says nothing of clients
+            self._outputs.note(plan, state)
         self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
         self.share.charge(device_cost(plan, state, seconds, trained, self.model))
 

@@ -41,8 +41,16 @@ def scheduler(lengths: list[int]) -> Scheduler:
     planner = Scheduler(CONFIG)
     for i, length in enumerate(lengths):
         for there in ((made("stays", 1), made(f"o{i}", length - 1)), (made("stays", 1),)):
-            planner.observe(*running(*there), 0.01)
+            planner.observe(planner.plan(state(*there)), state(*there), 0.01)
     return planner
+
+
+def test_what_runs_outside_of_plans_is_nobodys_output() -> None:
+    planner = Scheduler(CONFIG)
+    for i in range(40):
+        planner.observe(*running(made(f"o{i}", 199)), 0.01)
+    there = state(*GROWING, request("w9"), free=20)
+    assert chunks(planner.plan(there)) == {"w9": 20}, "as long as nothing is known"
 
 
 def need(outputs: Outputs, one: RequestState, after: int) -> float:

@@ -14,8 +14,8 @@ in this order (the most-served tenant's newest), or steps back itself if it is t
 its tenant's share is used up takes those of the last one of its own tenant.
 
 Prompts. Running ones get what blocks are left, in order. A waiting one is admitted when its *whole* prompt fits beside
-what the running prompts still need and a small reserve for growing streams; otherwise none behind it is admitted
-either. So admitted prompts always finish without taking blocks from each other. One that does not fit its tenant's
+what the running prompts still need and what all streams are expected to grow by (`spare`); otherwise none behind it is
+admitted either. So admitted prompts finish without taking blocks from each other. One that does not fit its tenant's
 share keeps back its own tenant only.
 
 Adapters. A waiting request whose adapter is not on the device, or whose adapter would be one too many, is passed over
@@ -37,7 +37,9 @@ from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.crowd import Crowd
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.lineup import Lineup
+from coserve.scheduler.outputs import Outputs
 from coserve.scheduler.room import Room, Stock, wanted_adapters
+from coserve.scheduler.spare import Spare
 from coserve.scheduler.state import RequestState, SchedulerState
 
 # Why a request waits, as the API tells it.
@@ -76,8 +78,8 @@ class AdmissionPolicy:
     """Decides per iteration; remembers since when waiting requests have been kept out by residency, and why requests
     were kept back the last time."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        self._config = config
+    def __init__(self, config: SchedulerConfig, outputs: Outputs) -> None:
+        self._config, self._outputs = config, outputs
         self._blocked_since: dict[str, float] = {}
         self.closed_by = TURN  # why the queue went no further
         self.kept_back: dict[str, str] = {}  # request, or tenant, that was passed over -> why
@@ -91,7 +93,7 @@ class AdmissionPolicy:
         room = Room(state, running, stock)
         decodes, preempted, unservable = _run_decodes(running, room, release)
         alive = [r for r in running if r.request_id not in preempted] if preempted else running
-        queue = _Queue(self._config, state, share, lineup, room, crowd, self._blocked_since)
+        queue = _Queue(self._config, state, share, lineup, room, crowd, self._outputs, self._blocked_since)
         if not unservable:
             queue.fill(alive, TURN if release or preempted else stock.closed)
         if not (decodes or queue.chunks or queue.unservable or unservable or release) and alive:
@@ -142,9 +144,9 @@ class _Queue:
     """Chunks for running prompts and admissions of waiting ones, at most `max_chunk` tokens together."""
 
     def __init__(self, config: SchedulerConfig, state: SchedulerState, share: FairShare, lineup: Lineup, room: Room,
-                 crowd: Crowd, blocked_since: dict[str, float]) -> None:  # fmt: skip
+                 crowd: Crowd, outputs: Outputs, blocked_since: dict[str, float]) -> None:  # fmt: skip
         self._config, self._state = config, state
-        self._share, self._lineup, self._crowd = share, lineup, crowd
+        self._share, self._lineup, self._crowd, self._outputs = share, lineup, crowd, outputs
         self._left = config.max_chunk
         self._was_blocked = blocked_since
         self._claim: str | None = None  # an adapter that has waited for a place for too long
@@ -166,8 +168,7 @@ class _Queue:
             self.go_on(prompts)
             return
         places = self._state.max_running - len(alive)
-        reserve = ceil(self._config.decode_reserve * len(alive))
-        spare = self.left - reserve
+        spare = Spare(self._config, self._outputs, self.room, alive, prompts)
         self._crowd.begin(alive)
         began = set()
         blocked: dict[str, float] = {}
@@ -189,12 +190,11 @@ class _Queue:
                 self.kept_back[r.tenant] = CROWD if own else SHARE
                 self._lineup.shut(r.tenant)
                 continue
-            if self._left <= 0 or places <= 0 or need > (self.room.free if idle else spare):
+            if self._left <= 0 or places <= 0 or not spare.admit(r, need, idle and need <= self.room.free):
                 self.closed_by = PLACES if places <= 0 else TURN if self._left <= 0 else BLOCKS
                 break
             places -= 1
-            spare -= need
-            self.begun += need + (0 if self.begun else reserve)
+            self.begun += need + (0 if self.begun else spare.reserve)
             self._crowd.admit(r.tenant)
             self.room.claim(r, need)
             self._chunk(r)

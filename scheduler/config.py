@@ -27,7 +27,9 @@ class SchedulerConfig:
     remembered: float = 60.0  # seconds for which the promises of a tenant that has gone are still protected
     crowd_share: float = 0.6  # of the inter-token promise: what decodes may take before a tenant's own crowd waits
     training_share: float = 0.8  # of the same: what iterations that train may take while several tenants ask
-    decode_reserve: float = 0.25  # free blocks a running request that admission leaves for growing streams
+    decode_reserve: float = 0.25  # blocks a running request that admission leaves, while nobody knows how outputs get
+    known_outputs: int = 32  # that must have ended before admission goes by their lengths
+    surprise: float = 0.5  # standard deviations of what running streams will need, that admission leaves as well
     memory_claim_after: float = 5.0  # seconds without any memory for training after which a step claims its own
     quantile: float = 0.99  # of recent iterations beside streams, that end within their upper estimate
     prompt_quantile: float = 0.9  # the same, of prompts' iterations while they are being cut

@@ -47,6 +47,7 @@ from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.margin import Errors
 from coserve.scheduler.memory import MemoryPolicy, copies, runnable, waits
+from coserve.scheduler.outputs import Outputs
 from coserve.scheduler.plan_features import PlanFeatures, plan_features, plan_load
 from coserve.scheduler.queue import QueueClock, Queued
 from coserve.scheduler.rates import TrainingRate
@@ -79,11 +80,13 @@ class Scheduler:
         self.traits = Traits(config.layer_windows, config.graph_rows, config.usual_pages)
         self.model = LatencyModel(config.quantile, config.prompt_quantile, config.forgetting, self.traits)
         self.share = FairShare(config.credit, config.remembered, config.itl_seconds)
-        self._admission = AdmissionPolicy(config)
+        self._outputs = Outputs(config.known_outputs, config.surprise)
+        self._admission = AdmissionPolicy(config, self._outputs)
         self.memory = MemoryPolicy(config)
         self._chunks = ChunkPolicy(config)
         self._training = TrainingPolicy(config)
         self._clock = QueueClock()
+        self._planned = Plan()  # the last one
         self._rate = TrainingRate(config.itl_seconds, config.floor_share, config.head_rows)
         self._costs = Costs(self.model)
 
@@ -106,6 +109,7 @@ class Scheduler:
             draft = self._make(state, expired, self.share, lineup)
         self._admission, self.memory = draft.admission, draft.memory
         self._clock.note(state.now, draft.waiting, draft.admitted)
+        self._planned = draft.plan
         return draft.plan
 
     def draft(self, state: SchedulerState) -> Draft:
@@ -192,9 +196,12 @@ class Scheduler:
 
     def shortened(self, plan: Plan, state: SchedulerState, units: int) -> Plan:
         """`plan` with its first `units` training units only, which is what ran of it."""
-        plan = replace(plan, units=plan.units[:units])
-        mean, upper = self.model.predict(plan_features(plan, state, self.traits))
-        return replace(plan, predicted_seconds=mean, upper_seconds=upper)
+        short = replace(plan, units=plan.units[:units])
+        mean, upper = self.model.predict(plan_features(short, state, self.traits))
+        short = replace(short, predicted_seconds=mean, upper_seconds=upper)
+        if plan is self._planned:
+            self._planned = short
+        return short
 
     def observe(
         self,
@@ -267,6 +274,8 @@ class Scheduler:
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
         self._rate.count(plan, state)
+        if plan is self._planned:  # what ran outside of plans (a calibration) says nothing of clients
+            self._outputs.note(plan, state)
         sweeps = self.share.order_sweeps(runnable(state.sweeps, plan.park, plan.place))
         self._training.floor.settle(sweeps, seconds, trained)
         self.share.charge(device_cost(plan, state, seconds, trained, self.model))

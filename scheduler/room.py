@@ -25,10 +25,11 @@ class Stock:
 
 
 class Room:
-    __slots__ = ("_adapters", "_limits", "_max_adapters", "_pages", "_used", "free", "kept", "size")
+    __slots__ = ("_adapters", "_limits", "_max_adapters", "_pages", "_used", "free", "granted", "kept", "size")
 
     def __init__(self, state: SchedulerState, running: Sequence[RequestState], stock: Stock) -> None:
         self.free = stock.free  # never negative
+        self.granted = 0  # blocks that were free and are no longer
         self.kept = stock.kept
         self.size = state.block_size
         self._max_adapters = state.max_adapters
@@ -54,7 +55,9 @@ class Room:
 
     def take(self, request: RequestState, tokens: int) -> None:
         """The blocks that `request` lacks for its first `tokens` tokens are no longer free."""
-        self.free -= self.needed(request, tokens)
+        blocks = self.needed(request, tokens)
+        self.free -= blocks
+        self.granted += blocks
 
     def claim(self, request: RequestState, blocks: int) -> None:
         """Count `blocks` more in the share of the request's tenant."""

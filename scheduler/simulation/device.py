@@ -227,6 +227,7 @@ class Device:
     def _preempt(self, names: tuple[str, ...]) -> None:
         for s in [s for s in self.streams if s.name in names]:
             require(s.running, f"{s.name} is preempted and does not run")
+            s.lost += s.computed
             s.running, s.blocks, s.computed = False, 0, 0
             s.preemptions += 1
 

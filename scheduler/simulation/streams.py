@@ -51,6 +51,7 @@ class Stream:
     first_at: float | None = None
     finished_at: float | None = None
     preemptions: int = 0
+    lost: int = 0  # tokens whose K/V preemptions took
     cut: bool = False  # ended by a restart of the engine
     most: int = 1 << 30  # output tokens that its client allows
     deadline: float | None = None  # when it is to be ended

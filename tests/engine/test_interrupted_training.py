@@ -69,7 +69,9 @@ def test_only_a_request_asks(tmp_path):
     sock = EngineSocket(str(tmp_path / "s"))
     sock._inbox.append((Abort("r"), None))
     assert not sock.asked
-    sock._inbox.append((Generate("r", "t", (1, 2), SamplingParams(max_tokens=1, seed=0), None, "s", time.monotonic()), None))
+    sock._inbox.append(
+        (Generate("r", "t", (1, 2), SamplingParams(max_tokens=1, seed=0), None, "s", time.monotonic()), None)
+    )
     assert sock.asked
     sock._inbox.clear()
     assert not sock.asked

@@ -199,7 +199,7 @@ class Scheduler:
         short = replace(plan, units=plan.units[:units])
         mean, upper = self.model.predict(plan_features(short, state, self.traits))
         short = replace(short, predicted_seconds=mean, upper_seconds=upper)
-        if plan is self._planned:
+        if plan == self._planned:
             self._planned = short
         return short
 
@@ -274,7 +274,7 @@ class Scheduler:
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
         self._rate.count(plan, state)
-        if plan is self._planned:  # what ran outside of plans (a calibration) says nothing of clients
+        if plan == self._planned:  # what ran outside of plans (a calibration) says nothing of clients
             self._outputs.note(plan, state)
         sweeps = self.share.order_sweeps(runnable(state.sweeps, plan.park, plan.place))
         self._training.floor.settle(sweeps, seconds, trained)

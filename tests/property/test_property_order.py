@@ -15,7 +15,7 @@ import pytest
 from random_states import ITL, NOW, TENANTS, draw_state, draw_sweep, fresh, learned, price, serve, upper
 
 from coserve.scheduler import Scheduler, SchedulerConfig
-from coserve.scheduler.features import plan_features
+from coserve.scheduler.plan_features import plan_features
 from coserve.scheduler.progress import SweepProgress
 from coserve.scheduler.state import (
     BackwardUnit,
@@ -171,7 +171,7 @@ def check_budget(state: SchedulerState, plan: Plan) -> None:
 
 def mean(scheduler: Scheduler, plan: Plan, piece: Ride | Unit, state: SchedulerState) -> float:
     """Seconds that a piece adds."""
-    both = (plan_features(p, state) for p in (adding(plan, piece), plan))
+    both = (plan_features(p, state, scheduler.traits) for p in (adding(plan, piece), plan))
     with_it, without = (sum(seconds for seconds, _ in scheduler.model.parts(features)) for features in both)
     return with_it - without
 

@@ -119,7 +119,7 @@ def check_classes(before: SchedulerState, plan: Plan, kept_back: Container[str])
     ]  # fmt: skip
     for r in before.requests if batch else ():
         if r.slo_class == "interactive" and not r.running and r.adapter is None:
-            waits = r.request_id in kept_back or r.tenant in kept_back
+            waits = r.request_id in kept_back or r.tenant in kept_back or r.request_id in plan.expired
             assert r.request_id in named or waits, f"{batch[0].request_id} was admitted before {r.request_id}"
 
 

@@ -9,7 +9,7 @@ from scheduler_states import request
 from scheduler_world import Stream, Sweep, World
 
 from coserve.scheduler import Scheduler, SchedulerConfig
-from coserve.scheduler.features import plan_features
+from coserve.scheduler.plan_features import plan_features
 from coserve.scheduler.state import Plan, RequestState, SchedulerState, SweepJob, SweepState
 
 NOW = 1000.0
@@ -110,9 +110,12 @@ def draw_state(seed: int, tenants: int = 4, sweeps: int = 3, prompts: int = 8) -
 def price(scheduler: Scheduler, plan: Plan, state: SchedulerState) -> float:
     """Upper estimates of a plan's parts, without what is left for surprises."""
     boost = scheduler.model.margins.boost
-    return sum(boost * mean + deviation for mean, deviation in scheduler.model.parts(plan_features(plan, state)))
+    return sum(
+        boost * mean + deviation
+        for mean, deviation in scheduler.model.parts(plan_features(plan, state, scheduler.traits))
+    )
 
 
 def upper(scheduler: Scheduler, plan: Plan, state: SchedulerState) -> float:
     """Of a whole iteration without training."""
-    return scheduler.model.predict(plan_features(plan, state))[1]
+    return scheduler.model.predict(plan_features(plan, state, scheduler.traits))[1]

@@ -5,11 +5,11 @@
     python benchmarks/simulate.py --fleet --tenants 2000 --adapters 2 --rate 50 --jobs 100
 
 No model and no server: the same scheduler object as the engine's plans under a virtual clock. The card says what work
-costs; `cpu-270m` was fitted to recorded iterations, `h200-8b` is worked out from two measured ceilings and not from a
-run. Clients of `--streams` send one request after another; `--arrivals` sends requests at drawn times, whatever
-becomes of them. Retention and load are those of benchmarks/coserving.py; gain is their sum where 99% of requests are
-inside both promises, and taking turns cannot bring it above 1. Figures are means over the seeds, latencies over all
-their tokens. `--fleet` says instead how many such engines all tenants together need.
+costs; `cpu-270m` was fitted to recorded iterations, `h200-8b` is worked out from measured ceilings. Clients of
+`--streams` send one request after another; `--arrivals` sends requests at drawn times, whatever becomes of them.
+Retention and load are those of benchmarks/coserving.py; gain is their sum where 99% of requests are inside both
+promises, and taking turns cannot bring it above 1. Figures are means over the seeds, latencies over all their tokens.
+`--fleet` says instead how many such engines all tenants together need.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ from coserve.scheduler.simulation.run import simulate
 from coserve.scheduler.simulation.workloads import Trace, TrainingJob, gamma
 
 _WARM_UP = 5.0
-_MOST = 1 << 14  # engines: more than that is a mistake in the question
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +141,12 @@ def judge(
 
 def engines_needed(
     make_policy: Callable[[], Policy], setup: Setup, demand: Demand, *, affine: bool = True,
-    seconds: float = 60.0, sample: int = 3, seed: int = 0,
+    seconds: float = 60.0, sample: int = 3, seed: int = 0, most: int = 1 << 14,
 ) -> FleetReport:  # fmt: skip
     """The smallest fleet, to within a sixteenth, that is large enough for its requests and trains enough.
 
     Raises:
-        ValueError: no fleet of any sensible size does.
+        ValueError: no fleet of up to `most` engines does, by twofold steps.
     """
 
     def tried(engines: int) -> tuple[bool, FleetReport]:
@@ -158,8 +157,8 @@ def engines_needed(
     high = max(1, ceil(1.25 * low))
     while not (found := tried(high))[0]:
         low, high = high, 2 * high
-        if high > _MOST:
-            raise ValueError(f"not even {_MOST} engines keep the promises and train as much as is asked")
+        if high > most:
+            raise ValueError(f"not even {most} engines keep the promises and train as much as is asked")
     best = found[1]
     while high - low > max(1, high // 16):
         middle = (low + high) // 2

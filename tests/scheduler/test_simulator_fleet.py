@@ -107,4 +107,4 @@ def test_jobs_need_engines_too() -> None:
     needed = engines_needed(policy, SETUP, demand, seconds=25.0, sample=1)
     assert needed.engines >= 4 and needed.training_rate >= 1100.0 and needed.most_adapters == 0
     with pytest.raises(ValueError, match="train as much"):
-        engines_needed(policy, SETUP, replace(demand, jobs=0), seconds=1.0, sample=0)
+        engines_needed(policy, SETUP, replace(demand, jobs=0), seconds=1.0, sample=0, most=8)

@@ -1,7 +1,6 @@
 """Policies side by side, in the simulator: what each keeps of the promises and of training, on a named card.
 
-    python benchmarks/simulate.py [--card cpu-270m] [--streams 4 | --arrivals gamma --rate 0.8 --cv 4] [--jobs 1]
-        [--promise 4] [--fault restart] [--plot FILE.png] [--json FILE]
+    python benchmarks/simulate.py [--streams 4 | --arrivals gamma --rate 0.8] [--promise 4] [--plot FILE.png]
     python benchmarks/simulate.py --fleet --tenants 2000 --adapters 2 --rate 50 --jobs 100
 
 No model and no server: the same scheduler object as the engine's plans under a virtual clock. The card says what work

@@ -214,18 +214,18 @@ def fleet(arguments: argparse.Namespace, setup: Setup, make: Callable[[], Any]) 
         f"{demand.rate:g} requests/s, {demand.jobs} job(s), promise {setup.itl * 1e3:.0f} ms between tokens",
         ["requests go", "engines", "requests/s of the busiest", "mean", "adapters of one engine, at most",
          "requests inside both, worst engine", "all", "training tokens/s, all", "engines simulated",
-         "wrong by, requests", "training"],
+         "wrong by, requests", "tokens/s an engine"],
         {"date": today(), "commit": commit(), "first token": f"{setup.ttft:.2f} s",
          "places for adapters": str(setup.max_adapters), "seconds each": f"{arguments.seconds:g}",
          "minutes for the table": f"{(time.monotonic() - began) / 60:.1f}"},
         rows=[
             [name, f.engines, f.busiest_rate, f.mean_rate, f.most_adapters,
              *(_cell(("inside", x)) for x in (f.worst_attainment, f.attainment)), f.training_rate, f.simulated,
-             *(_cell(("inside", x)) for x in (f.error, f.training_error))]
+             _cell(("inside", f.error)), f.training_error]
             for name, f in found.items()
         ],
         notes=["Some engines were simulated to judge the others by, then three of these as well: the last two columns "
-               "say by how much the judgement was wrong, in requests inside and in training. A fleet is large enough "
+               "say by how much the judgement was wrong, at most and on average. A fleet is large enough "
                "when 99% of all requests are inside both promises, on every engine that was simulated too (to two "
                "standard errors), and all jobs together train as fast as asked."],
         figures={name: asdict(f) for name, f in found.items()},

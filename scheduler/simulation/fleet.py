@@ -41,7 +41,7 @@ class FleetReport:
     training_rate: float  # tokens a second of all jobs, judged
     simulated: int
     error: float  # of the judgement: the largest difference in attainment of an engine that was drawn to check it
-    training_error: float  # the share by which these engines' training was missed
+    training_error: float  # mean difference in tokens a second that such an engine trains
     holds: bool  # whether it is large enough for its requests
 
 
@@ -94,15 +94,15 @@ class Fleet:
         return values
 
     def check(self, numbers: Sequence[int]) -> tuple[float, float]:
-        """Simulate these after judging them. How wrong that was: the largest difference in attainment, and the share by
-        which all their training together was missed."""
+        """Simulate these after judging them. How wrong that was: the largest difference in attainment, and the mean one
+        in tokens a second that an engine trains."""
         kept, trained = (self.judged(what)[numbers] for what in (_attainment, _training))
         self.look(numbers, to_the_end=True)
         found = [self.found[i] for i in numbers]
         pairs = [(judged, r.attainment) for judged, r in zip(kept.tolist(), found, strict=True)]
         missed = [abs(judged - really) for judged, really in pairs if really is not None and not isnan(judged)]
-        tokens = sum(r.training_rate for r in found)
-        return max(missed, default=0.0), abs(float(trained.sum()) / tokens - 1.0) if tokens else 0.0
+        untrained = [abs(judged - r.training_rate) for judged, r in zip(trained.tolist(), found, strict=True)]
+        return max(missed, default=0.0), sum(untrained) / max(1, len(untrained))
 
     def report(self, errors: tuple[float, float]) -> FleetReport:
         shares = [r.attainment for r in self.found.values() if r.attainment is not None]

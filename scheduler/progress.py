@@ -155,5 +155,5 @@ def priority_of(sweep: SweepState) -> str:
     """A sweep that carries any normal job is normal."""
     jobs = sweep.jobs
     if len(jobs) == 1:  # every plan asks this of every sweep, and most have one
-        return jobs[0].priority
+        return "low" if jobs[0].priority == "low" else "normal"
     return "low" if jobs and all(job.priority == "low" for job in jobs) else "normal"

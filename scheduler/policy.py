@@ -240,7 +240,7 @@ class Scheduler:
 
     def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
         self._rate.count(plan, state)
-        if plan is self._planned:  # what ran outside of plans (a calibration) says nothing of clients
+        if plan == self._planned:  # what ran outside of plans (a calibration) says nothing of clients
             self._outputs.note(plan, state)
         self._training.settle(self.share.order_sweeps(state.sweeps), seconds, trained)
         self.share.charge(device_cost(plan, state, seconds, trained, self.model))

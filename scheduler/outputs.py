@@ -71,7 +71,7 @@ class Outputs:
         self._counts = np.zeros((1 + _MOST_KEYS, len(_EDGES)))
         self._goes_on = np.empty(((1 + _MOST_KEYS) * len(_EDGES), len(_MOMENTS)))  # share, by slot and bin, by moment
         self._rows: set[str] = set()  # who had rows and was not seen to end
-        self._last: SchedulerState | None = None
+        self._last: list[RequestState] = []  # those, as they were; to free a whole state takes time
 
     @property
     def known(self) -> bool:
@@ -84,13 +84,13 @@ class Outputs:
         """`plan` was carried out. Who had rows before and is gone from `state` has ended."""
         rows = {*plan.decodes, *(p.request_id for p in plan.prefills)}
         missing = self._rows - rows
-        if missing and self._last is not None:
+        if missing:
             there = {r.request_id for r in state.requests if r.request_id in missing}
             ended = missing - there
             if ended:
-                self._learn([r for r in self._last.requests if r.request_id in ended], state)
+                self._learn([r for r in self._last if r.request_id in ended], state)
             rows |= there
-        self._rows, self._last = rows, state
+        self._rows, self._last = rows, [r for r in state.requests if r.request_id in rows]
 
     def _learn(self, ended: Iterable[RequestState], state: SchedulerState) -> None:
         changed: dict[Key, int] = {}

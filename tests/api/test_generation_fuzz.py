@@ -33,7 +33,7 @@ def test_random_bodies(tmp_path):
             return plain(message)
 
         engine._answer = answer
-        chooser = random.Random(5)
+        chooser = random.Random(6)
         good = {
             "/v1/chat/completions": (ChatRequest, {"model": "base", "messages": [{"role": "user", "content": "hi"}]}),
             "/v1/completions": (CompletionRequest, {"model": "base", "prompt": "hi"}),

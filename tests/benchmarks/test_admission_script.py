@@ -1,4 +1,4 @@
-"""The admission script at a short time: the forecast takes fewer blocks back, and loses no tokens by it."""
+"""The admission script with one seed: the forecast takes fewer blocks back, and loses no tokens by it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "admission.py"
 def test_the_forecast_preempts_less_and_makes_as_many_tokens(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--case=cpu-medium", "--seconds=120", "--seeds=2", f"--json={figures}"],
+        [sys.executable, str(SCRIPT), "--case=cpu-medium", "--seconds=300", "--seeds=1", f"--json={figures}"],
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -22,5 +22,5 @@ def test_the_forecast_preempts_less_and_makes_as_many_tokens(tmp_path: Path) -> 
     for (rate, preemptions, lost, *_), (before, were, had, *_) in zip(
         found["cpu-medium forecast"], found["cpu-medium reserve"], strict=True
     ):
-        assert preemptions < 0.6 * were and lost < 0.75 * had
+        assert preemptions < 0.6 * were and lost < 0.7 * had
         assert rate > 0.97 * before

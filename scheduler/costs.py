@@ -167,10 +167,10 @@ class Costs:
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` with which the packed forward stays within `room` seconds, and what it then costs."""
         margin, boost = (self.margin(load), self._boost) if which else (0.0, 1.0)
-        (smallest,) = self._ride_lines(load, sizes[-1:], sweep)
-        if boost * smallest[0] + margin > room:
+        lines = self._ride_lines(load, sizes, sweep)
+        if boost * lines[-1][0] + margin > room:
             return None
-        for rows, line in zip(sizes, self._ride_lines(load, sizes, sweep), strict=True):
+        for rows, line in zip(sizes, lines, strict=True):
             work = self.traits.work(before, rows) / 1e6
             if boost * (line[0] + work * line[1]) + margin <= room:
                 mean, upper = self._at(line, work)

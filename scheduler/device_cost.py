@@ -15,6 +15,8 @@ from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.state import Plan, RequestState, SchedulerState, SweepState
 from coserve.scheduler.traits import Traits
 
+_PROMPT_ROWS = 64
+_PROMPT = base_vector(ForwardLoad(prefill_rows=_PROMPT_ROWS, prefill_work=_PROMPT_ROWS**2 // 2, logit_rows=1))
 
 @dataclass(frozen=True, slots=True)
 class Prices:
@@ -52,11 +54,9 @@ def prices(model: LatencyModel, load: ForwardLoad) -> Prices:
     )
 
 
-def row_seconds(model: LatencyModel, rows: int = 64) -> float:
-    """What a prompt row costs, among so many."""
-    return (
-        model.part(base_vector(ForwardLoad(prefill_rows=rows, prefill_work=rows * rows // 2, logit_rows=1)))[0] / rows
-    )
+def row_seconds(model: LatencyModel) -> float:
+    """What a prompt row costs, in a prompt of an ordinary length."""
+    return float(model.means(_PROMPT)) / _PROMPT_ROWS
 
 
 def serving_loads(plan: Plan, requests: Mapping[str, RequestState], traits: Traits) -> dict[str, ForwardLoad]:

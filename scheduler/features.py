@@ -15,7 +15,7 @@ Decode rows that a captured graph runs have a curve of their own, over the rows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,8 @@ BACKWARD = HEAD + 1 + len(HEAD_KNOTS)  # a backward unit, buckets of its rows, a
 SLICE = BACKWARD + len(UNIT_KNOTS) + 3  # a forward unit; then, times its share of the depth: 1, buckets of its rows,
 # attention products / 1e6, rows times adapter sizes / 128
 SIZE = SLICE + 1 + len(UNIT_KNOTS) + 2
+
+_ROW_LOW, _ROW_WIDTH = np.array(ROW_KNOTS[:-1]), np.diff(ROW_KNOTS)  # of the buckets of packed rows
 
 Kind = tuple[int | None, float]  # of a unit: its layer's attention window, size of the adapters that a row passes
 
@@ -98,10 +100,14 @@ class ForwardLoad:
         )  # fmt: skip
 
 
-def decode_load(decodes: Sequence[RequestState], traits: Traits) -> ForwardLoad:
-    """These streams' next tokens, and nothing else."""
+def adapters_of(requests: Iterable[RequestState]) -> dict[str, int]:
+    """Their adapters, and how many pages each has."""
+    return {r.adapter: r.adapter_pages for r in requests if r.adapter is not None}
+
+
+def decode_load(decodes: Sequence[RequestState], adapters: Mapping[str, int], traits: Traits) -> ForwardLoad:
+    """These streams' next tokens, and nothing else; `adapters`: theirs."""
     rows = len(decodes)
-    adapters = {r.adapter: r.adapter_pages for r in decodes if r.adapter is not None}
     passed = sum([r.adapter_pages for r in decodes if r.adapter is not None]) if adapters else 0
     return ForwardLoad(
         decode_rows=rows, decode_context=traits.context([r.total_tokens for r in decodes]), logit_rows=rows,
@@ -175,9 +181,22 @@ def ride_lines(
     """As `base_vector`, once for each of `sizes` rows of a sweep of `jobs` jobs that ride along: (what does not depend
     on their attention products, a million of those). `adapters`: as `Traits.adapters` says."""
     whole, passed = adapters
-    fixed = np.array([_forward(load.with_ridden(rows, 0, jobs, whole, rows * passed)) for rows in sizes])
+    rows = np.array(sizes)
+    fixed = np.empty((len(sizes), SIZE))
+    fixed[:] = _forward(load.with_ridden(1, 0, jobs, whole))
+    # The entries that differ from size to size.
+    fixed[:, ROWS:LOGITS] = _row_buckets(load.rows + rows)
+    fixed[:, RIDE + 1] = (load.ride_rows + rows) / 128.0
+    fixed[:, ADAPTERS + 2] = (load.adapter_rows + rows * passed) / 128.0
     fixed[:, OVERHEAD] = 1.0
     return fixed, _unit_vector(RIDE + 2)
+
+
+def _row_buckets(rows: NDArray[np.int64]) -> Matrix:
+    """As `buckets`, of packed rows: one line for each of `rows`."""
+    fills = np.maximum((rows[:, None] - _ROW_LOW) / _ROW_WIDTH, 0.0)
+    np.minimum(fills[:, :-1], 1.0, out=fills[:, :-1])
+    return fills
 
 
 def head_lines(sizes: Sequence[int]) -> tuple[Vector, Matrix]:

@@ -15,6 +15,7 @@ from coserve.scheduler.features import (
     RIDE,
     ForwardLoad,
     Vector,
+    adapters_of,
     backward_vector,
     coarse,
     decode_load,
@@ -104,13 +105,14 @@ def plan_load(
         KeyError: the plan names a request or a sweep that the state does not have.
     """
     decodes = [requests[request_id] for request_id in plan.decodes]
-    load = decode_load(decodes, traits)
-    adapters = {r.adapter for r in decodes}
+    adapters = adapters_of(decodes)
+    load = decode_load(decodes, adapters, traits)
     for prefill in plan.prefills:
         r, tokens = requests[prefill.request_id], prefill.tokens
         size = r.adapter_pages / traits.usual_pages if r.adapter is not None else 0.0
         new = r.adapter is not None and r.adapter not in adapters
-        adapters.add(r.adapter)
+        if r.adapter is not None:
+            adapters[r.adapter] = r.adapter_pages
         finished = r.computed_tokens + tokens >= r.total_tokens
         work = traits.work(r.computed_tokens, tokens)
         load = load.with_prefill(tokens, work, int(finished), int(new), size if new else 0.0, tokens * size)

@@ -41,7 +41,7 @@ from coserve.scheduler.crowd import Crowd
 from coserve.scheduler.deadlines import Expired, without_expired
 from coserve.scheduler.device_cost import device_cost, row_seconds
 from coserve.scheduler.fairness import FairShare
-from coserve.scheduler.features import decode_load, forward_vector
+from coserve.scheduler.features import adapters_of, decode_load, forward_vector
 from coserve.scheduler.forecast import JobForecast, JobWork, forecast
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
@@ -151,8 +151,8 @@ class Scheduler:
         else:
             moves = memory.decide(state, standing, admission, policy.behind(state), share)
         budget = iteration_budget(self.config, state.now, admission.decodes, lineup.expects)
-        adapters = {r.adapter for r in admission.decodes if r.adapter is not None}
-        decodes = decode_load(admission.decodes, self.traits)
+        adapters = adapters_of(admission.decodes)
+        decodes = decode_load(admission.decodes, adapters, self.traits)
         sweeps = share.order_sweeps(moves.runnable)
         due = self._training.due(sweeps, decodes, budget, costs)
         owed = due.beside if due else None  # it has its place before prompts
@@ -167,9 +167,12 @@ class Scheduler:
         room = 0.0 if copies(moves, state) else min(budget, slack)
         sweeps, room = self._for_training(sweeps, share, {c.request.tenant for c, _ in chunks}, budget, room)
         training = self._training.fill(sweeps, load, room, costs, due)
+        mean, upper = serving if training.empty else (training.mean, training.upper)
+        if not load.rows and training.empty:
+            mean = upper = 0.0
         plan = Plan(
-            decodes=tuple(r.request_id for r in admission.decodes),
-            prefills=tuple(Prefill(c.request.request_id, n) for c, n in chunks),
+            decodes=tuple([r.request_id for r in admission.decodes]),
+            prefills=tuple([Prefill(c.request.request_id, n) for c, n in chunks]),
             rides=tuple(training.rides),
             units=tuple(training.units),
             preempt=admission.preempt,
@@ -179,11 +182,10 @@ class Scheduler:
             expired=expired.ids,
             unservable=admission.unservable,
             adapters=admission.adapters,
+            predicted_seconds=mean,
+            upper_seconds=upper,
             budget_seconds=budget,
         )
-        if not plan.empty:
-            mean, upper = serving if training.empty else (training.mean, training.upper)
-            plan = replace(plan, predicted_seconds=mean, upper_seconds=upper)
         admitted = sum(not c.request.running for c, _ in chunks)
         boost = self.model.margins.boost
         return Draft(plan, state, slack, boost, policy, memory, admitted, admission.waiting > admitted)

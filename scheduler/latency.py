@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
+from statistics import median
 
 import numpy as np
 
@@ -149,7 +150,7 @@ class LatencyModel:
             raise ValueError(f"seconds for parts that the plan does not have: {sorted(map(str, parts))}")
         for x, measured_all in shapes.values():
             kind = "head" if x[at.HEAD] else "backward" if x[at.BACKWARD] else "slice"
-            self._update(kind, x, float(np.median(measured_all)))
+            self._update(kind, x, median(measured_all))
         rest_is_overhead = rest.sum() == features.overhead.sum()
         self._update("overhead" if rest_is_overhead else "iteration", rest, max(left, 0.0))
 

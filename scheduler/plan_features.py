@@ -122,10 +122,19 @@ def plan_load(
     return load
 
 
-def plan_features(plan: Plan, state: SchedulerState, traits: Traits) -> PlanFeatures:
-    """The features of any plan that fits `state`, also of one that this scheduler did not make (calibration)."""
-    named = {*plan.decodes, *(p.request_id for p in plan.prefills)}
-    requests = {r.request_id: r for r in state.requests if r.request_id in named}
+def served_requests(plan: Plan, state: SchedulerState) -> dict[str, RequestState]:
+    """Those that run in `plan`, by their ids."""
+    named = {*plan.decodes, *[p.request_id for p in plan.prefills]}
+    return {r.request_id: r for r in state.requests if r.request_id in named}
+
+
+def plan_features(
+    plan: Plan, state: SchedulerState, traits: Traits, requests: Mapping[str, RequestState] | None = None
+) -> PlanFeatures:
+    """The features of any plan that fits `state`, also of one that this scheduler did not make (calibration).
+    `requests`: those served, where they were looked up already."""
+    if requests is None:
+        requests = served_requests(plan, state)
     sweeps = {s.sweep_id: s for s in state.sweeps}
     load = plan_load(plan, requests, sweeps, traits)
     progress = {u.sweep_id: SweepProgress(sweeps[u.sweep_id]) for u in plan.units}

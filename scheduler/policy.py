@@ -47,10 +47,10 @@ from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.margin import Errors
 from coserve.scheduler.memory import MemoryPolicy, copies, runnable, waits
-from coserve.scheduler.plan_features import PlanFeatures, plan_features, plan_load
+from coserve.scheduler.plan_features import PlanFeatures, plan_features, plan_load, served_requests
 from coserve.scheduler.queue import QueueClock, Queued
 from coserve.scheduler.rates import TrainingRate
-from coserve.scheduler.state import Plan, Prefill, SchedulerState, SweepState
+from coserve.scheduler.state import Plan, Prefill, RequestState, SchedulerState, SweepState
 from coserve.scheduler.training import TrainingPolicy, seconds_beside
 from coserve.scheduler.traits import Traits
 
@@ -209,17 +209,20 @@ class Scheduler:
         """
         if plan.empty:
             return
-        features = plan_features(plan, state, self.traits)
-        trained = self._trained_seconds(plan, state, features, seconds)
+        requests = served_requests(plan, state)
+        features = plan_features(plan, state, self.traits, requests)
+        trained = self._trained_seconds(plan, requests, features, seconds)
         if not copies(plan, state):
             self.model.observe(features, seconds, parts)
-        self._settle(plan, state, seconds, trained)
+        self._settle(plan, state, requests, seconds, trained)
 
     def account(self, plan: Plan, state: SchedulerState, seconds: float) -> None:
         """Charge `seconds` to whom `plan` served, and learn nothing: something of it did not run as planned."""
         if not plan.empty:
-            features = plan_features(plan, state, self.traits)
-            self._settle(plan, state, seconds, self._trained_seconds(plan, state, features, seconds))
+            requests = served_requests(plan, state)
+            features = plan_features(plan, state, self.traits, requests)
+            trained = self._trained_seconds(plan, requests, features, seconds)
+            self._settle(plan, state, requests, seconds, trained)
 
     def queue(self, state: SchedulerState) -> tuple[Queued, ...]:
         """Who waits, in the order in which they would be admitted now, why, and for how long still. Changes nothing."""
@@ -259,14 +262,17 @@ class Scheduler:
         first = share.not_ahead(sweeps, prompts)
         return (first, room) if first else (sweeps, 0.0)  # no room is left but the floor's
 
-    def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
+    def _settle(
+        self, plan: Plan, state: SchedulerState, requests: Mapping[str, RequestState], seconds: float,
+        trained: dict[int, float],
+    ) -> None:  # fmt: skip
         self._rate.count(plan, state)
         sweeps = self.share.order_sweeps(runnable(state.sweeps, plan.park, plan.place))
         self._training.floor.settle(sweeps, seconds, trained)
-        self.share.charge(device_cost(plan, state, seconds, trained, self.model))
+        self.share.charge(device_cost(plan, state, seconds, trained, self.model, requests))
 
     def _trained_seconds(
-        self, plan: Plan, state: SchedulerState, features: PlanFeatures, seconds: float
+        self, plan: Plan, requests: Mapping[str, RequestState], features: PlanFeatures, seconds: float
     ) -> dict[int, float]:
         """The iteration's seconds that went to each sweep, by the model's shares; a ride pays what it added."""
         trained: dict[int, float] = {}
@@ -274,7 +280,6 @@ class Scheduler:
         for unit, mean in zip(plan.units, means[1:], strict=True):
             trained[unit.sweep_id] = trained.get(unit.sweep_id, 0.0) + mean
         if plan.rides and features.forward is not None:
-            requests = {r.request_id: r for r in state.requests}
             without = plan_load(replace(plan, rides=()), requests, {}, self.traits)
             rest = self.model.part(forward_vector(without))[0] if without.rows else 0.0
             extra = max(0.0, self.model.part(features.forward)[0] - rest)

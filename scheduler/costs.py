@@ -21,7 +21,6 @@ from coserve.scheduler.features import (
     ForwardLoad,
     Kind,
     Matrix,
-    Vector,
     backward_lines,
     base_vector,
     coarse,
@@ -35,7 +34,7 @@ from coserve.scheduler.state import SweepState
 from coserve.scheduler.traits import attention_work
 
 Cost = tuple[float, float]  # (mean, upper) seconds
-_Pair = tuple[Vector | Matrix, Vector | Matrix]  # (what lines start from, their directions)
+_Pair = tuple[Matrix, int] | tuple[int, Matrix]  # (what lines start from, their directions), as `features` has them
 _Key = tuple[Any, ...]  # what makes features, of which sizes, and what else they depend on
 _MOST_LISTS = 128  # of sizes whose features are kept: most often they are those of a whole window
 

@@ -175,9 +175,7 @@ def overhead_vector() -> Vector:
     return _unit_vector(OVERHEAD)
 
 
-def ride_lines(
-    load: ForwardLoad, sizes: Sequence[int], jobs: int, adapters: tuple[float, float]
-) -> tuple[Matrix, Vector]:
+def ride_lines(load: ForwardLoad, sizes: Sequence[int], jobs: int, adapters: tuple[float, float]) -> tuple[Matrix, int]:
     """As `base_vector`, once for each of `sizes` rows of a sweep of `jobs` jobs that ride along: (what does not depend
     on their attention products, a million of those). `adapters`: as `Traits.adapters` says."""
     whole, passed = adapters
@@ -189,7 +187,7 @@ def ride_lines(
     fixed[:, RIDE + 1] = (load.ride_rows + rows) / 128.0
     fixed[:, ADAPTERS + 2] = (load.adapter_rows + rows * passed) / 128.0
     fixed[:, OVERHEAD] = 1.0
-    return fixed, _unit_vector(RIDE + 2)
+    return fixed, RIDE + 2
 
 
 def _row_buckets(rows: NDArray[np.int64]) -> Matrix:
@@ -199,21 +197,21 @@ def _row_buckets(rows: NDArray[np.int64]) -> Matrix:
     return fills
 
 
-def head_lines(sizes: Sequence[int]) -> tuple[Vector, Matrix]:
+def head_lines(sizes: Sequence[int]) -> tuple[int, Matrix]:
     """(a head unit, all sub-steps of a batch of so many label rows)."""
-    return _unit_vector(HEAD), np.array([_head(rows) for rows in sizes])
+    return HEAD, np.array([_head(rows) for rows in sizes])
 
 
-def backward_lines(sizes: Sequence[int], kind: Kind) -> tuple[Matrix, Vector]:
+def backward_lines(sizes: Sequence[int], kind: Kind) -> tuple[Matrix, int]:
     """(one layer's backward of so many rows, a million attention products of it)."""
-    return np.array([_backward(tokens, kind) for tokens in sizes]), _unit_vector(BACKWARD + len(UNIT_KNOTS))
+    return np.array([_backward(tokens, kind) for tokens in sizes]), BACKWARD + len(UNIT_KNOTS)
 
 
-def slice_lines(sizes: Sequence[int], products: Sequence[float], passed: float) -> tuple[Vector, Matrix]:
+def slice_lines(sizes: Sequence[int], products: Sequence[float], passed: float) -> tuple[int, Matrix]:
     """(a forward unit, so many rows through the whole depth). Which of the layers it takes is not told apart: where
     they are of several kinds its attention is that of a layer on average."""
     rows = [_slice(tokens, work, passed) for tokens, work in zip(sizes, products, strict=True)]
-    return _unit_vector(SLICE), np.array(rows)
+    return SLICE, np.array(rows)
 
 
 def _head(rows: int) -> list[float]:
@@ -251,17 +249,17 @@ def _unit_vector(index: int) -> Vector:
 def head_vector(rows: int, share: float) -> Vector:
     """A head unit that takes a batch of `rows` label rows through the share `share` (0 … 1) of its sub-steps."""
     fixed, slope = head_lines((rows,))
-    return fixed + share * slope[0]
+    return _unit_vector(fixed) + share * slope[0]
 
 
 def backward_vector(tokens: int, before: int, kind: Kind = (None, 0.0)) -> Vector:
     """One layer's backward of `tokens` rows with `before` rows ahead of them in the stream."""
     fixed, slope = backward_lines((tokens,), kind)
-    return fixed[0] + attention_work(before, tokens, kind[0]) / 1e6 * slope
+    return fixed[0] + attention_work(before, tokens, kind[0]) / 1e6 * _unit_vector(slope)
 
 
 def slice_vector(tokens: int, depth: float, products: float = 0.0, passed: float = 0.0) -> Vector:
     """A forward unit of `tokens` rows over the share `depth` (0 … 1) of the layers; `products`: of attention, in a
     layer on average; `passed`: size of the adapters that a row passes through."""
     fixed, slope = slice_lines((tokens,), (products,), passed)
-    return fixed + depth * slope[0]
+    return _unit_vector(fixed) + depth * slope[0]

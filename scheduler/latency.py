@@ -77,14 +77,15 @@ class LatencyModel:
         """Mean seconds of one vector, or of each of n."""
         return np.asarray(x @ self._theta)
 
-    def lines(self, fixed: Vector | Matrix, slope: Vector | Matrix) -> list[Line]:
-        """The lines of n kinds of work: one of the two is [n, SIZE], the other [SIZE] and the same for all."""
-        many, one = (fixed, slope) if slope.ndim == 1 else (slope, fixed)
+    def lines(self, fixed: Matrix | int, slope: Matrix | int) -> list[Line]:
+        """The lines of n kinds of work: one of the two is [n, SIZE], the other the one entry that is 1 for all."""
+        many, entry = (fixed, slope) if isinstance(slope, int) else (slope, fixed)
+        assert isinstance(entry, int) and not isinstance(many, int)
         covered, n = many @ self._covariance, len(many)
         of_many = (many @ self._theta).tolist(), (covered * many).sum(1).tolist()
-        of_one = [float(one @ self._theta)] * n, [float(one @ self._covariance @ one)] * n
-        both = (2.0 * (covered @ one)).tolist()
-        (mean0, var0), (mean1, var2) = (of_many, of_one) if slope.ndim == 1 else (of_one, of_many)
+        of_one = [float(self._theta[entry])] * n, [float(self._covariance[entry, entry])] * n
+        both = (2.0 * covered[:, entry]).tolist()
+        (mean0, var0), (mean1, var2) = (of_many, of_one) if many is fixed else (of_one, of_many)
         return list(zip(mean0, mean1, var0, both, var2, strict=True))
 
     def predict(self, features: PlanFeatures) -> tuple[float, float]:

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import sqrt
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -79,8 +80,8 @@ class LatencyModel:
 
     def lines(self, fixed: Matrix | int, slope: Matrix | int) -> list[Line]:
         """The lines of n kinds of work: one of the two is [n, SIZE], the other the one entry that is 1 for all."""
+        many: Any
         many, entry = (fixed, slope) if isinstance(slope, int) else (slope, fixed)
-        assert isinstance(entry, int) and not isinstance(many, int)
         covered, n = many @ self._covariance, len(many)
         of_many = (many @ self._theta).tolist(), (covered * many).sum(1).tolist()
         of_one = [float(self._theta[entry])] * n, [float(self._covariance[entry, entry])] * n

@@ -5,7 +5,10 @@
 No model and no server. The states are busy ones: all streams decode but the newest, which are in prefill; every third
 request asks the base model, the others one of the adapters; every job has a sweep of its own, each at another place of
 its forward, head or backward. The jobs are of one tenant of large weight, so that their training gives way to no
-prompt. Times are the thread's CPU time, which does not count what else the machine does, and wall-clock time beside it.
+prompt. Sweeps hold blocks, and every tenth waits for more than the requests leave; every fifth request has a deadline;
+adapters differ in size; layers have windows as in Gemma 3 270M, and decode steps alone would be replayed as graphs.
+
+Times are the thread's CPU time, which does not count what else the machine does, and wall-clock time beside it.
 The last rows have two and four times as much of everything: planning should take no more than two and four times as
 long.
 """
@@ -30,8 +33,15 @@ SIZES = ((4, 0, 1, 5), (64, 100, 4, 100), (256, 1000, 50, 5000), (512, 2000, 100
 
 def busy_state(now: float, running: int, waiting: int, jobs: int, adapters: int) -> SchedulerState:
     requests = tuple(_request(now, i, i < running - 2, i < running, adapters) for i in range(running + waiting))
-    sweeps = tuple(_sweep(i) for i in range(jobs))
+    sweeps = tuple(_sweep(i, now) for i in range(jobs))
     return SchedulerState(now, requests, sweeps, 4000, 16, running + 8, running + 32)
+
+
+def config() -> SchedulerConfig:
+    return SchedulerConfig(
+        itl_seconds=0.2, ttft_seconds=5.0, usual_pages=4, layer_windows=((512,) * 5 + (None,)) * 3,
+        graph_rows=(1, 2, 4, *range(8, 257, 8)),
+    )  # fmt: skip
 
 
 def _request(now: float, i: int, decoding: bool, running: bool, adapters: int) -> RequestState:
@@ -42,18 +52,23 @@ def _request(now: float, i: int, decoding: bool, running: bool, adapters: int) -
         output_tokens=50 if decoding else 0, blocks_held=(301 + i % 700) // 16 + 1 if decoding else 16 * running,
         adapter=None if i % 3 == 0 else f"adapter-{i * 7919 % adapters}", adapter_ready=running or i % 2 == 0,
         ttft_deadline=now + 5.0, itl_deadline=now + 0.2 if decoding else None, running=running,
+        adapter_pages=0 if i % 3 == 0 else 1 << i % 4, most_output=512, deadline=now + 60.0 if i % 5 == 0 else None,
     )  # fmt: skip
 
 
-def _sweep(i: int) -> SweepState:
+def _sweep(i: int, now: float) -> SweepState:
     """The oldest has small units left in its backward, so that it can be planned until the budget is full; the others
-    stand anywhere."""
-    stage = i % 3 if i else 2
+    stand anywhere. Those without a place have not begun."""
+    placed = i % 10 != 7
+    stage = (i % 3 if i else 2) if placed else 0
     return SweepState(
-        sweep_id=i, jobs=(SweepJob(f"job-{i}", "trainer", 1e6, "low" if i % 5 == 4 else "normal"),),
-        layers=32, stream_tokens=4096, window=512, forward_tokens=8 * i if stage == 0 else 4096,
+        sweep_id=i,
+        jobs=(SweepJob(f"job-{i}", "trainer", 1e6, "low" if i % 5 == 4 else "normal", 4096, 1 << i % 4),),
+        layers=18, stream_tokens=4096, window=512, forward_tokens=4096 if stage else 8 * i * placed,
         partial_tokens=0, partial_layer=0, head_rows_ready=900 if stage == 1 else 0,
-        head_rows_left=900 if stage < 2 else 0, backward_layer=20, backward_tokens=8 * i if stage == 2 else 0,
+        head_rows_left=900 if stage < 2 else 0, backward_layer=16, backward_tokens=8 * i if stage == 2 else 0,
+        blocks=40 + i % 7 if placed else 5000, lean_blocks=20, placed=placed,
+        unplaced_since=None if placed else now - 1.0,
     )  # fmt: skip
 
 
@@ -73,7 +88,7 @@ class Times:
 
 
 def measure(size: tuple[int, int, int, int], rounds: int) -> tuple[Times, Times, Plan]:
-    scheduler = Scheduler(SchedulerConfig(itl_seconds=0.2))
+    scheduler = Scheduler(config())
     planning, learning, plan = Times(), Times(), Plan()
     for i in range(WARM_UP + rounds):
         state = busy_state(float(i), *size)

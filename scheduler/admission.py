@@ -35,6 +35,7 @@ from operator import attrgetter
 
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.crowd import Crowd
+from coserve.scheduler.decodes import run_decodes
 from coserve.scheduler.fairness import FairShare
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.outputs import Outputs
@@ -91,19 +92,24 @@ class AdmissionPolicy:
         for lack of them."""
         running = lineup.running
         room = Room(state, running, stock)
-        decodes, preempted, unservable = _run_decodes(running, room, release)
-        alive = [r for r in running if r.request_id not in preempted] if preempted else running
+        decodes, prompts, preempted, unservable = run_decodes(running, room, release)
+        alive, in_use = running, room.adapters
+        if preempted:
+            alive, prompts = ([r for r in some if r.request_id not in preempted] for some in (running, prompts))
         queue = _Queue(self._config, state, share, lineup, room, crowd, self._outputs, self._blocked_since)
         if not unservable:
-            queue.fill(alive, TURN if release or preempted else stock.closed)
+            queue.fill(alive, prompts, TURN if release or preempted else stock.closed)
         if not (decodes or queue.chunks or queue.unservable or unservable or release) and alive:
             self._break_deadlock(queue, alive, preempted, unservable)
         self._blocked_since, self.closed_by, self.kept_back = queue.blocked_since, queue.closed_by, queue.kept_back
         unservable += queue.unservable
         decodes.sort(key=attrgetter("arrived"))
-        ahead = [*alive, *(c.request for c in queue.chunks), *queue.looked_at]
-        others = [r for r in state.requests if r.request_id not in preempted] if preempted else state.requests
-        adapters = wanted_adapters(ahead, others, state.max_adapters)
+        ahead = [*(c.request for c in queue.chunks), *queue.looked_at]
+        others: Iterable[RequestState] = state.requests
+        if preempted:
+            in_use, ahead = (), [*alive, *ahead]
+            others = [r for r in state.requests if r.request_id not in preempted]
+        adapters = wanted_adapters(in_use, ahead, others, state.max_adapters)
         return Admission(
             tuple(decodes), tuple(queue.chunks), tuple(preempted), tuple(unservable), adapters,
             len(state.requests) - len(running), queue.closed_by, queue.begun, queue.left,
@@ -119,8 +125,8 @@ class AdmissionPolicy:
             return iter(())
         return (r for r in state.requests if not r.running and not self._kept_back(r))
 
-    def _kept_back(self, request: RequestState) -> str | None:
-        return self.kept_back.get(request.request_id) or self.kept_back.get(request.tenant)
+    def _kept_back(self, r: RequestState) -> str | None:
+        return self.kept_back.get(r.request_id) or self.kept_back.get(r.tenant)
 
     def _break_deadlock(
         self, queue: _Queue, alive: list[RequestState], preempted: list[str], unservable: list[str]
@@ -159,9 +165,8 @@ class _Queue:
         self.kept_back: dict[str, str] = {}
         self.begun, self.left = 0, room.free  # as in `Admission`
 
-    def fill(self, alive: list[RequestState], closed: str | None) -> None:
-        """`closed`: why nobody is admitted."""
-        prompts = [r for r in alive if not r.decoding]
+    def fill(self, alive: list[RequestState], prompts: list[RequestState], closed: str | None) -> None:
+        """`prompts`: those of `alive` that are; `closed`: why nobody is admitted."""
         self.left = self.room.free - sum(self.room.needed(r, r.total_tokens) for r in prompts)
         if closed:
             self.closed_by = closed
@@ -254,43 +259,3 @@ class _Queue:
             waiting = {r.request_id for r in self._state.requests if not r.running}
             blocked = {k: v for k, v in blocked.items() if k in waiting}
         self.blocked_since = blocked
-
-
-def _run_decodes(
-    running: list[RequestState], room: Room, release: bool
-) -> tuple[list[RequestState], list[str], list[str]]:
-    """(decodes that run, requests that give their blocks back, requests that can never go on)."""
-    alive = list(running)
-    decodes: list[RequestState] = []
-    preempted: list[str] = []
-    unservable: list[str] = []
-
-    def step_back(r: RequestState) -> None:
-        alive.remove(r)
-        preempted.append(r.request_id)
-        room.give_back(r)
-
-    for r in running:
-        if not r.decoding or not r.adapter_ready or r.request_id in preempted:
-            continue
-        if r.total_tokens <= r.blocks_held * room.size:
-            decodes.append(r)
-            continue
-        need = room.needed(r, r.total_tokens)
-        if release and need > room.free:
-            continue
-        own = [o for o in alive if o.tenant == r.tenant] if need > room.left_of_share(r.tenant) else []
-        while need > room.left_of_share(r.tenant) and own[-1] is not r:
-            step_back(own.pop())
-        while need > room.free and alive[-1] is not r:
-            step_back(alive[-1])
-        if need <= min(room.free, room.left_of_share(r.tenant)):
-            room.take(r, r.total_tokens)
-            room.claim(r, need)
-            decodes.append(r)
-        elif len(alive) > 1 and (need > room.free or len(own) > 1):
-            step_back(r)
-        elif not (preempted or release) and (need > room.free + room.kept or need > room.left_of_share(r.tenant)):
-            unservable.append(r.request_id)
-        # else: it waits for a training step's end, or one iteration: blocks that the victims shared are free then
-    return decodes, preempted, unservable

@@ -21,7 +21,6 @@ from coserve.scheduler.features import (
     ForwardLoad,
     Kind,
     Matrix,
-    Vector,
     backward_lines,
     base_vector,
     coarse,
@@ -35,7 +34,7 @@ from coserve.scheduler.state import SweepState
 from coserve.scheduler.traits import attention_work
 
 Cost = tuple[float, float]  # (mean, upper) seconds
-_Pair = tuple[Vector | Matrix, Vector | Matrix]  # (what lines start from, their directions)
+_Pair = tuple[Matrix, int] | tuple[int, Matrix]  # (what lines start from, their directions), as `features` has them
 _Key = tuple[Any, ...]  # what makes features, of which sizes, and what else they depend on
 _MOST_LISTS = 128  # of sizes whose features are kept: most often they are those of a whole window
 
@@ -167,10 +166,10 @@ class Costs:
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` with which the packed forward stays within `room` seconds, and what it then costs."""
         margin, boost = (self.margin(load), self._boost) if which else (0.0, 1.0)
-        (smallest,) = self._ride_lines(load, sizes[-1:], sweep)
-        if boost * smallest[0] + margin > room:
+        lines = self._ride_lines(load, sizes, sweep)
+        if boost * lines[-1][0] + margin > room:
             return None
-        for rows, line in zip(sizes, self._ride_lines(load, sizes, sweep), strict=True):
+        for rows, line in zip(sizes, lines, strict=True):
             work = self.traits.work(before, rows) / 1e6
             if boost * (line[0] + work * line[1]) + margin <= room:
                 mean, upper = self._at(line, work)

@@ -27,22 +27,25 @@ class Crowd:
     def __init__(self, seconds: Callable[[int], float] | None = None, least: float = 0.0, most: float = 0.0,
                  divide: Callable[[float], Mapping[str, float]] = lambda whole: {}) -> None:  # fmt: skip
         self._seconds, self._least, self._most, self._divide = seconds, least, most, divide
-        self._running: Counter[str] = Counter()
-        self._streams = 0  # all of them
+        self.begin(())
 
     def begin(self, running: Sequence[RequestState]) -> None:
-        if self._seconds is not None:
-            self._running, self._streams = Counter([r.tenant for r in running]), len(running)
+        """A queue is about to be admitted beside these; it may be asked anew."""
+        self._began, self._streams = running, len(running)
+        self._running: Counter[str] | None = None  # counted when it is asked for
+        self._admitted: Counter[str] = Counter()
 
     def admit(self, tenant: str) -> None:
-        self._running[tenant] += 1
+        self._admitted[tenant] += 1
         self._streams += 1
 
     def has_room(self, tenant: str, least_served: bool) -> bool:
         """For one more request of the tenant. One may always run."""
         if self._seconds is None or self._seconds(self._streams + 1) <= (self._most if least_served else self._least):
             return True
-        return self._running[tenant] < max(1.0, self._parts.get(tenant, 0.0))
+        if self._running is None:
+            self._running = Counter([r.tenant for r in self._began])
+        return self._running[tenant] + self._admitted[tenant] < max(1.0, self._parts.get(tenant, 0.0))
 
     @cached_property
     def _parts(self) -> Mapping[str, float]:

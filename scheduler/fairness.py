@@ -56,10 +56,10 @@ class FairShare:
                 elif tenant not in self._weights:
                     self._served[tenant] = max(self._served.get(tenant, 0.0), level)
             self._forget(there, asked_level)
-        self._weights, self._asking = there, set(asking)
+            self._asking = set(asking)
+        self._weights = there
         self._take_levels()
-        for tenant, weight in asking.items():
-            self._lately[tenant] = now, weight
+        self._lately.update({tenant: (now, weight) for tenant, weight in asking.items()})
         if len(self._lately) > len(asking):
             self._lately = {t: seen for t, seen in self._lately.items() if seen[0] >= now - self._remembered}
 
@@ -100,15 +100,14 @@ class FairShare:
         served = self._served.get(tenant)
         return max(0.0, self._level - self._credit) if served is None else served
 
+    def served_of(self, tenants: Iterable[str]) -> dict[str, float]:
+        """Of each of them."""
+        served, unknown = self._served, max(0.0, self._level - self._credit)
+        return {tenant: served.get(tenant, unknown) for tenant in tenants}
+
     def turn(self, served: float) -> float:
         """Who has been served so much goes before whoever has a larger one, and is level with those of the same."""
         return served // self._step if self._step else served
-
-    def turns(self, tenants: Iterable[str]) -> list[tuple[float, str]]:
-        """Each tenant's, the last one first."""
-        known, step = self._served, self._step
-        served = [(known[t] if t in known else self.served(t), t) for t in tenants]
-        return sorted([(level // step, t) for level, t in served] if step else served, reverse=True)
 
     def charge(self, seconds: Mapping[str, float]) -> None:
         """Device seconds by tenant, of those that are there; what an iteration outside of plans took (a calibration)

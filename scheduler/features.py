@@ -15,7 +15,7 @@ Decode rows that a captured graph runs have a curve of their own, over the rows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,8 @@ BACKWARD = HEAD + 1 + len(HEAD_KNOTS)  # a backward unit, buckets of its rows, a
 SLICE = BACKWARD + len(UNIT_KNOTS) + 3  # a forward unit; then, times its share of the depth: 1, buckets of its rows,
 # attention products / 1e6, rows times adapter sizes / 128
 SIZE = SLICE + 1 + len(UNIT_KNOTS) + 2
+
+_ROW_LOW, _ROW_WIDTH = np.array(ROW_KNOTS[:-1]), np.diff(ROW_KNOTS)  # of the buckets of packed rows
 
 Kind = tuple[int | None, float]  # of a unit: its layer's attention window, size of the adapters that a row passes
 
@@ -98,7 +100,7 @@ class ForwardLoad:
         )  # fmt: skip
 
 
-def adapters_of(requests: Sequence[RequestState]) -> dict[str, int]:
+def adapters_of(requests: Iterable[RequestState]) -> dict[str, int]:
     """Their distinct adapters, and the pages of each."""
     return {r.adapter: r.adapter_pages for r in requests if r.adapter is not None}
 
@@ -173,32 +175,43 @@ def overhead_vector() -> Vector:
     return _unit_vector(OVERHEAD)
 
 
-def ride_lines(
-    load: ForwardLoad, sizes: Sequence[int], jobs: int, adapters: tuple[float, float]
-) -> tuple[Matrix, Vector]:
+def ride_lines(load: ForwardLoad, sizes: Sequence[int], jobs: int, adapters: tuple[float, float]) -> tuple[Matrix, int]:
     """As `base_vector`, once for each of `sizes` rows of a sweep of `jobs` jobs that ride along: (what does not depend
     on their attention products, a million of those). `adapters`: as `Traits.adapters` says."""
     whole, passed = adapters
-    fixed = np.array([_forward(load.with_ridden(rows, 0, jobs, whole, rows * passed)) for rows in sizes])
+    rows = np.array(sizes)
+    fixed = np.empty((len(sizes), SIZE))
+    fixed[:] = _forward(load.with_ridden(1, 0, jobs, whole))
+    # The entries that differ from size to size.
+    fixed[:, ROWS:LOGITS] = _row_buckets(load.rows + rows)
+    fixed[:, RIDE + 1] = (load.ride_rows + rows) / 128.0
+    fixed[:, ADAPTERS + 2] = (load.adapter_rows + rows * passed) / 128.0
     fixed[:, OVERHEAD] = 1.0
-    return fixed, _unit_vector(RIDE + 2)
+    return fixed, RIDE + 2
 
 
-def head_lines(sizes: Sequence[int]) -> tuple[Vector, Matrix]:
+def _row_buckets(rows: NDArray[np.int64]) -> Matrix:
+    """As `buckets`, of packed rows: one line for each of `rows`."""
+    fills = np.maximum((rows[:, None] - _ROW_LOW) / _ROW_WIDTH, 0.0)
+    np.minimum(fills[:, :-1], 1.0, out=fills[:, :-1])
+    return fills
+
+
+def head_lines(sizes: Sequence[int]) -> tuple[int, Matrix]:
     """(a head unit, all sub-steps of a batch of so many label rows)."""
-    return _unit_vector(HEAD), np.array([_head(rows) for rows in sizes])
+    return HEAD, np.array([_head(rows) for rows in sizes])
 
 
-def backward_lines(sizes: Sequence[int], kind: Kind) -> tuple[Matrix, Vector]:
+def backward_lines(sizes: Sequence[int], kind: Kind) -> tuple[Matrix, int]:
     """(one layer's backward of so many rows, a million attention products of it)."""
-    return np.array([_backward(tokens, kind) for tokens in sizes]), _unit_vector(BACKWARD + len(UNIT_KNOTS))
+    return np.array([_backward(tokens, kind) for tokens in sizes]), BACKWARD + len(UNIT_KNOTS)
 
 
-def slice_lines(sizes: Sequence[int], products: Sequence[float], passed: float) -> tuple[Vector, Matrix]:
+def slice_lines(sizes: Sequence[int], products: Sequence[float], passed: float) -> tuple[int, Matrix]:
     """(a forward unit, so many rows through the whole depth). Which of the layers it takes is not told apart: where
     they are of several kinds its attention is that of a layer on average."""
     rows = [_slice(tokens, work, passed) for tokens, work in zip(sizes, products, strict=True)]
-    return _unit_vector(SLICE), np.array(rows)
+    return SLICE, np.array(rows)
 
 
 def _head(rows: int) -> list[float]:
@@ -236,17 +249,17 @@ def _unit_vector(index: int) -> Vector:
 def head_vector(rows: int, share: float) -> Vector:
     """A head unit that takes a batch of `rows` label rows through the share `share` (0 … 1) of its sub-steps."""
     fixed, slope = head_lines((rows,))
-    return fixed + share * slope[0]
+    return _unit_vector(fixed) + share * slope[0]
 
 
 def backward_vector(tokens: int, before: int, kind: Kind = (None, 0.0)) -> Vector:
     """One layer's backward of `tokens` rows with `before` rows ahead of them in the stream."""
     fixed, slope = backward_lines((tokens,), kind)
-    return fixed[0] + attention_work(before, tokens, kind[0]) / 1e6 * slope
+    return fixed[0] + attention_work(before, tokens, kind[0]) / 1e6 * _unit_vector(slope)
 
 
 def slice_vector(tokens: int, depth: float, products: float = 0.0, passed: float = 0.0) -> Vector:
     """A forward unit of `tokens` rows over the share `depth` (0 … 1) of the layers; `products`: of attention, in a
     layer on average; `passed`: size of the adapters that a row passes through."""
     fixed, slope = slice_lines((tokens,), (products,), passed)
-    return fixed + depth * slope[0]
+    return _unit_vector(fixed) + depth * slope[0]

@@ -27,6 +27,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
+from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -76,14 +78,15 @@ class LatencyModel:
         """Mean seconds of one vector, or of each of n."""
         return np.asarray(x @ self._theta)
 
-    def lines(self, fixed: Vector | Matrix, slope: Vector | Matrix) -> list[Line]:
-        """The lines of n kinds of work: one of the two is [n, SIZE], the other [SIZE] and the same for all."""
-        many, one = (fixed, slope) if slope.ndim == 1 else (slope, fixed)
+    def lines(self, fixed: Matrix | int, slope: Matrix | int) -> list[Line]:
+        """The lines of n kinds of work: one of the two is [n, SIZE], the other the one entry that is 1 for all."""
+        many: Any
+        many, entry = (fixed, slope) if isinstance(slope, int) else (slope, fixed)
         covered, n = many @ self._covariance, len(many)
         of_many = (many @ self._theta).tolist(), (covered * many).sum(1).tolist()
-        of_one = [float(one @ self._theta)] * n, [float(one @ self._covariance @ one)] * n
-        both = (2.0 * (covered @ one)).tolist()
-        (mean0, var0), (mean1, var2) = (of_many, of_one) if slope.ndim == 1 else (of_one, of_many)
+        of_one = [float(self._theta[entry])] * n, [float(self._covariance[entry, entry])] * n
+        both = (2.0 * covered[:, entry]).tolist()
+        (mean0, var0), (mean1, var2) = (of_many, of_one) if many is fixed else (of_one, of_many)
         return list(zip(mean0, mean1, var0, both, var2, strict=True))
 
     def predict(self, features: PlanFeatures) -> tuple[float, float]:
@@ -149,7 +152,7 @@ class LatencyModel:
             raise ValueError(f"seconds for parts that the plan does not have: {sorted(map(str, parts))}")
         for x, measured_all in shapes.values():
             kind = "head" if x[at.HEAD] else "backward" if x[at.BACKWARD] else "slice"
-            self._update(kind, x, float(np.median(measured_all)))
+            self._update(kind, x, median(measured_all))
         rest_is_overhead = rest.sum() == features.overhead.sum()
         self._update("overhead" if rest_is_overhead else "iteration", rest, max(left, 0.0))
 

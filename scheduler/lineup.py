@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heapreplace
 from itertools import chain
 from operator import attrgetter
 
@@ -33,6 +33,7 @@ class Lineup:
     def __init__(self, state: SchedulerState, share: FairShare) -> None:
         self._share, self._now = share, state.now
         self._shut: set[str] = set()
+        self._weights: dict[str, float] = {}  # of those that run
         late: dict[str, float] = {}
         self._sort(state, {}, late)
         if late:
@@ -43,29 +44,30 @@ class Lineup:
         those that are found go to `seen`."""
         self._running: tuple[list[RequestState], list[RequestState]] = [], []
         self._queues: tuple[_Queues, _Queues] = defaultdict(list), defaultdict(list)
-        (first, batch), (queues, batch_queues), now = self._running, self._queues, state.now
+        (first, batch), (queues, batch_queues) = self._running, self._queues
+        weights, now = self._weights, state.now
         for r in state.requests:
-            running = r.running
-            if r.slo_class == "batch" and (not late or r.arrived > late.get(r.tenant, -1.0)):
-                if running:
-                    batch.append(r)
-                    if r.total_tokens - r.computed_tokens == 1 and r.output_tokens:  # `decoding`, where calls count
-                        continue
+            batched = r.slo_class == "batch" and (not late or r.arrived > late.get(r.tenant, -1.0))
+            if r.running:
+                (batch if batched else first).append(r)
+                weights[r.tenant] = r.weight
+                if r.total_tokens - r.computed_tokens == 1 and r.output_tokens:  # `decoding`, where calls count
+                    continue
+            if batched:
                 if r.ttft_deadline <= now:
                     seen[r.tenant] = r.arrived
                 batch_queues[r.tenant].append(r)
-                continue
-            if running:
-                first.append(r)
-                if r.total_tokens - r.computed_tokens == 1 and r.output_tokens:
-                    continue
-            queues[r.tenant].append(r)
+            else:
+                queues[r.tenant].append(r)
 
     @cached_property
     def tenants(self) -> dict[str, float]:
         """Those with requests, and their weights."""
-        running = {r.tenant: r.weight for r in chain(*self._running)}
-        return running | {tenant: queue[0].weight for queues in self._queues for tenant, queue in queues.items()}
+        weights = dict(self._weights)
+        for tenant, queue in chain(*[queues.items() for queues in self._queues]):
+            if tenant not in weights:
+                weights[tenant] = queue[0].weight
+        return weights
 
     @property
     def expects(self) -> bool:
@@ -89,16 +91,21 @@ class Lineup:
 
     def _turns(self, queues: _Queues) -> Iterator[RequestState]:
         share, now = self._share, self._now
-        later = share.turns(queues)
-        served: dict[str, float] = {}  # of those that had a turn, what they were given included
+        served = share.served_of(queues)
+        later = defaultdict(list)
+        for tenant, level in served.items():
+            later[share.turn(level)].append(tenant)
+        turns = sorted(later, reverse=True)
         heap: list[tuple[float, bool, float, float, str]] = []
         orders: dict[str, list[RequestState]] = {}  # what is left of queues that had a turn, the next one last
-        while heap or later:
+        while heap or turns:
             # Deadlines are looked at when the turn of a tenant's level has come.
-            while later and (not heap or later[-1][0] <= heap[0][0]):
-                turn, tenant = later.pop()
-                head = min(queues[tenant], key=_DUE)
-                heappush(heap, (turn, head.ttft_deadline <= now, head.ttft_deadline, head.arrived, tenant))
+            while turns and (not heap or turns[-1] <= heap[0][0]):
+                turn = turns.pop()
+                for tenant in later[turn]:
+                    head = min(queues[tenant], key=_DUE)
+                    heap.append((turn, head.ttft_deadline <= now, head.ttft_deadline, head.arrived, tenant))
+                heapify(heap)
             tenant = heap[0][-1]
             if tenant in self._shut:
                 heappop(heap)
@@ -110,7 +117,7 @@ class Lineup:
             request = order.pop()
             yield request
             if order:
-                served[tenant] = served.get(tenant, share.served(tenant)) + share.cost(request)
+                served[tenant] += share.cost(request)
                 turn, head = share.turn(served[tenant]), order[-1]
                 heapreplace(heap, (turn, head.ttft_deadline <= now, head.ttft_deadline, head.arrived, tenant))
             else:

@@ -255,7 +255,7 @@ def _wanted(state: SchedulerState, admission: Admission, behind: Iterable[Reques
 
     def blocks() -> int:
         admitted = {c.request.request_id for c in admission.candidates}
-        running = sum(r.running for r in state.requests)
+        running = len(state.requests) - admission.waiting
         places = state.max_running - running - sum(not c.request.running for c in admission.candidates)
         following = (r for r in behind if r.request_id not in admitted)
         return _AHEAD * running + sum(

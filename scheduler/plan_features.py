@@ -105,14 +105,14 @@ def plan_load(
         KeyError: the plan names a request or a sweep that the state does not have.
     """
     decodes = [requests[request_id] for request_id in plan.decodes]
-    known = adapters_of(decodes)
-    load = decode_load(decodes, known, traits)
-    adapters = {None, *known}
+    adapters = adapters_of(decodes)
+    load = decode_load(decodes, adapters, traits)
     for prefill in plan.prefills:
         r, tokens = requests[prefill.request_id], prefill.tokens
         size = r.adapter_pages / traits.usual_pages if r.adapter is not None else 0.0
-        new = r.adapter not in adapters
-        adapters.add(r.adapter)
+        new = r.adapter is not None and r.adapter not in adapters
+        if r.adapter is not None:
+            adapters[r.adapter] = r.adapter_pages
         finished = r.computed_tokens + tokens >= r.total_tokens
         work = traits.work(r.computed_tokens, tokens)
         load = load.with_prefill(tokens, work, int(finished), int(new), size if new else 0.0, tokens * size)
@@ -122,10 +122,19 @@ def plan_load(
     return load
 
 
-def plan_features(plan: Plan, state: SchedulerState, traits: Traits) -> PlanFeatures:
-    """The features of any plan that fits `state`, also of one that this scheduler did not make (calibration)."""
-    named = {*plan.decodes, *(p.request_id for p in plan.prefills)}
-    requests = {r.request_id: r for r in state.requests if r.request_id in named}
+def served_requests(plan: Plan, state: SchedulerState) -> dict[str, RequestState]:
+    """Those that run in `plan`, by their ids."""
+    named = {*plan.decodes, *[p.request_id for p in plan.prefills]}
+    return {r.request_id: r for r in state.requests if r.request_id in named}
+
+
+def plan_features(
+    plan: Plan, state: SchedulerState, traits: Traits, requests: Mapping[str, RequestState] | None = None
+) -> PlanFeatures:
+    """The features of any plan that fits `state`, also of one that this scheduler did not make (calibration).
+    `requests`: those served, where they were looked up already."""
+    if requests is None:
+        requests = served_requests(plan, state)
     sweeps = {s.sweep_id: s for s in state.sweeps}
     load = plan_load(plan, requests, sweeps, traits)
     progress = {u.sweep_id: SweepProgress(sweeps[u.sweep_id]) for u in plan.units}

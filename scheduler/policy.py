@@ -39,19 +39,19 @@ from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Costs
 from coserve.scheduler.crowd import Crowd
 from coserve.scheduler.deadlines import Expired, without_expired
-from coserve.scheduler.device_cost import device_cost, row_seconds
+from coserve.scheduler.device_cost import device_cost, row_seconds, trained_seconds
 from coserve.scheduler.fairness import FairShare
-from coserve.scheduler.features import adapters_of, decode_load, forward_vector
+from coserve.scheduler.features import adapters_of, decode_load
 from coserve.scheduler.forecast import JobForecast, JobWork, forecast
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.margin import Errors
 from coserve.scheduler.memory import MemoryPolicy, copies, runnable, waits
 from coserve.scheduler.outputs import Outputs
-from coserve.scheduler.plan_features import PlanFeatures, plan_features, plan_load
+from coserve.scheduler.plan_features import plan_features, served_requests
 from coserve.scheduler.queue import QueueClock, Queued
 from coserve.scheduler.rates import TrainingRate
-from coserve.scheduler.state import Plan, Prefill, SchedulerState, SweepState
+from coserve.scheduler.state import Plan, Prefill, RequestState, SchedulerState, SweepState
 from coserve.scheduler.training import TrainingPolicy, seconds_beside
 from coserve.scheduler.traits import Traits
 
@@ -173,9 +173,12 @@ class Scheduler:
         room = 0.0 if copies(moves, state) else min(budget, slack)
         sweeps, room = self._for_training(sweeps, share, {c.request.tenant for c, _ in chunks}, budget, room)
         training = self._training.fill(sweeps, load, room, costs, due)
+        mean, upper = serving if training.empty else (training.mean, training.upper)
+        if not load.rows and training.empty:
+            mean = upper = 0.0
         plan = Plan(
-            decodes=tuple(r.request_id for r in admission.decodes),
-            prefills=tuple(Prefill(c.request.request_id, n) for c, n in chunks),
+            decodes=tuple([r.request_id for r in admission.decodes]),
+            prefills=tuple([Prefill(c.request.request_id, n) for c, n in chunks]),
             rides=tuple(training.rides),
             units=tuple(training.units),
             preempt=admission.preempt,
@@ -185,11 +188,10 @@ class Scheduler:
             expired=expired.ids,
             unservable=admission.unservable,
             adapters=admission.adapters,
+            predicted_seconds=mean,
+            upper_seconds=upper,
             budget_seconds=budget,
         )
-        if not plan.empty:
-            mean, upper = serving if training.empty else (training.mean, training.upper)
-            plan = replace(plan, predicted_seconds=mean, upper_seconds=upper)
         admitted = sum(not c.request.running for c, _ in chunks)
         boost = self.model.margins.boost
         return Draft(plan, state, slack, boost, policy, memory, admitted, admission.waiting > admitted)
@@ -222,17 +224,20 @@ class Scheduler:
         """
         if plan.empty:
             return
-        features = plan_features(plan, state, self.traits)
-        trained = self._trained_seconds(plan, state, features, seconds)
+        requests = served_requests(plan, state)
+        features = plan_features(plan, state, self.traits, requests)
+        trained = trained_seconds(plan, requests, features, seconds, self.model)
         if not copies(plan, state):
             self.model.observe(features, seconds, parts)
-        self._settle(plan, state, seconds, trained)
+        self._settle(plan, state, requests, seconds, trained)
 
     def account(self, plan: Plan, state: SchedulerState, seconds: float) -> None:
         """Charge `seconds` to whom `plan` served, and learn nothing: something of it did not run as planned."""
         if not plan.empty:
-            features = plan_features(plan, state, self.traits)
-            self._settle(plan, state, seconds, self._trained_seconds(plan, state, features, seconds))
+            requests = served_requests(plan, state)
+            features = plan_features(plan, state, self.traits, requests)
+            trained = trained_seconds(plan, requests, features, seconds, self.model)
+            self._settle(plan, state, requests, seconds, trained)
 
     def queue(self, state: SchedulerState) -> tuple[Queued, ...]:
         """Who waits, in the order in which they would be admitted now, why, and for how long still. Changes nothing."""
@@ -272,29 +277,13 @@ class Scheduler:
         first = share.not_ahead(sweeps, prompts)
         return (first, room) if first else (sweeps, 0.0)  # no room is left but the floor's
 
-    def _settle(self, plan: Plan, state: SchedulerState, seconds: float, trained: dict[int, float]) -> None:
+    def _settle(
+        self, plan: Plan, state: SchedulerState, requests: Mapping[str, RequestState], seconds: float,
+        trained: dict[int, float],
+    ) -> None:  # fmt: skip
         self._rate.count(plan, state)
         if plan == self._planned:  # what ran outside of plans (a calibration) says nothing of clients
             self._outputs.note(plan, state)
         sweeps = self.share.order_sweeps(runnable(state.sweeps, plan.park, plan.place))
         self._training.floor.settle(sweeps, seconds, trained)
-        self.share.charge(device_cost(plan, state, seconds, trained, self.model))
-
-    def _trained_seconds(
-        self, plan: Plan, state: SchedulerState, features: PlanFeatures, seconds: float
-    ) -> dict[int, float]:
-        """The iteration's seconds that went to each sweep, by the model's shares; a ride pays what it added."""
-        trained: dict[int, float] = {}
-        means = [mean for mean, _ in self.model.parts(features)]
-        for unit, mean in zip(plan.units, means[1:], strict=True):
-            trained[unit.sweep_id] = trained.get(unit.sweep_id, 0.0) + mean
-        if plan.rides and features.forward is not None:
-            requests = {r.request_id: r for r in state.requests}
-            without = plan_load(replace(plan, rides=()), requests, {}, self.traits)
-            rest = self.model.part(forward_vector(without))[0] if without.rows else 0.0
-            extra = max(0.0, self.model.part(features.forward)[0] - rest)
-            rows = sum(r.tokens for r in plan.rides)
-            for ride in plan.rides:
-                trained[ride.sweep_id] = trained.get(ride.sweep_id, 0.0) + extra * ride.tokens / rows
-        whole = sum(means)
-        return {k: v * seconds / whole for k, v in trained.items()} if whole > 0.0 else {}
+        self.share.charge(device_cost(plan, state, seconds, trained, self.model, requests))

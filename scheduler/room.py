@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from coserve.scheduler.state import RequestState, SchedulerState
 
@@ -35,7 +36,8 @@ class Room:
         self._max_adapters = state.max_adapters
         self._limits = state.limits
         self._used: dict[str, int] = {}  # tenant -> blocks, where there is a limit
-        self._adapters = {r.adapter for r in running if r.adapter is not None}  # in use
+        # In use, in the order in which they came up.
+        self._adapters = dict.fromkeys([r.adapter for r in running if r.adapter is not None])
         self._pages: dict[str, dict[str, int]] = {}  # tenant -> its adapters in use and their pages, likewise
         if self._limits:
             for r in running:
@@ -84,9 +86,13 @@ class Room:
 
     def use(self, request: RequestState) -> None:
         if request.adapter is not None:
-            self._adapters.add(request.adapter)
+            self._adapters[request.adapter] = None
             if request.tenant in self._limits:
                 self._pages.setdefault(request.tenant, {})[request.adapter] = request.adapter_pages
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self._adapters)
 
     def has_place(self, adapter: str, claimed: str | None) -> bool:
         """Whether the pool holds this adapter, the one that is claimed, and those in use."""
@@ -103,12 +109,14 @@ class Room:
         return not used or sum(used.values()) + request.adapter_pages <= limit.adapter_pages
 
 
-def wanted_adapters(ahead: Iterable[RequestState], others: Iterable[RequestState], most: int) -> tuple[str, ...]:
-    """Adapters that ought to be on the device, at most `most`: those of `ahead` first."""
-    wanted = {r.adapter: None for r in ahead if r.adapter is not None}
-    for r in others:
-        if len(wanted) >= most:
-            break
-        if r.adapter is not None:
+def wanted_adapters(
+    in_use: Iterable[str], ahead: Iterable[RequestState], others: Iterable[RequestState], most: int
+) -> tuple[str, ...]:
+    """Adapters that ought to be on the device, at most `most`: those in use first, then those of `ahead`."""
+    wanted = dict.fromkeys(in_use)
+    for r in chain(ahead, others):
+        if r.adapter is not None and r.adapter not in wanted:
+            if len(wanted) >= most:
+                break
             wanted[r.adapter] = None
     return tuple(wanted)[:most]

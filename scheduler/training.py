@@ -216,16 +216,16 @@ class TrainingPolicy:
         against what is left."""
         which = 0 if mean_only else 1
         left = budget - plan.upper
+        whole = sweep.next_backward()
+        if whole:
+            unit = costs.largest_backward(sweep, self._cuts.fine(whole), left, which)
+            if unit is not None:
+                plan.add_unit(sweep.backward(unit[0]), unit[1])
+            return unit is not None
         rows = sweep.next_head(self._config.head_rows)
         if not sweep.forward_done and self._add_forward(sweep, plan, left, which, costs):
             return True
-        if rows or not sweep.forward_done:
-            return rows > 0 and self._add_head(sweep, rows, plan, left, which, costs)
-        sizes = self._cuts.fine(sweep.next_backward())
-        unit = costs.largest_backward(sweep, sizes, left, which)
-        if unit is not None:
-            plan.add_unit(sweep.backward(unit[0]), unit[1])
-        return unit is not None
+        return rows > 0 and self._add_head(sweep, rows, plan, left, which, costs)
 
     def _add_head(
         self, sweep: SweepProgress, rows: int, plan: TrainingPlan, left: float, which: int, costs: Costs

@@ -32,7 +32,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
     data = tmp_path_factory.mktemp("scarce") / "data"
-    with LiveServer(folder, data, kv_memory=90 * BLOCK_BYTES, adapter_memory=80 * ADAPTER_PAGES) as server:
+    # No block more than that: what training does not use would be for requests.
+    options = {"kv_memory": 90 * BLOCK_BYTES, "activation_memory": 1, "adapter_memory": 80 * ADAPTER_PAGES}
+    with LiveServer(folder, data, **options) as server:
         yield server
 
 

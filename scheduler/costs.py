@@ -35,7 +35,7 @@ from coserve.scheduler.traits import attention_work
 
 Cost = tuple[float, float]  # (mean, upper) seconds
 _Pair = tuple[Matrix, int] | tuple[int, Matrix]  # (what lines start from, their directions), as `features` has them
-_Key = tuple[Any, ...]  # what makes features, of which sizes, and what else they depend on
+_Family = tuple[Any, ...]  # what makes features, of which sizes (the largest first), and what else they depend on
 _MOST_LISTS = 128  # of sizes whose features are kept: most often they are those of a whole window
 
 
@@ -48,7 +48,7 @@ class Costs:
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
         self.traits = model.traits
-        self._features: dict[_Key, _Pair] = {}
+        self._features: dict[_Family, _Pair] = {}
         replayed = self.traits.graph_rows
         self._streams = sorted({1, *ROW_KNOTS, 2 * ROW_KNOTS[-1], *replayed, *(n + 1 for n in replayed[-1:])})
         self._decodes = np.array([base_vector(_streams(n, self.traits.replayed(n))) for n in self._streams])
@@ -59,7 +59,7 @@ class Costs:
         """Forget the answers: the model may have learned since."""
         self._boost = self._model.margins.boost
         self._bases: dict[ForwardLoad, tuple[float, float]] = {}  # (mean, deviation)
-        self._lines: dict[_Key, list[Line]] = {}
+        self._lines: dict[_Family, list[Line]] = {}
         self._heads: dict[tuple[int, int, int], Cost] = {}
         self._backwards: dict[tuple[int, int, Kind], Cost] = {}
         self._rides: dict[tuple[tuple[int, ...], int, tuple[float, float]], list[Line]] = {}
@@ -149,12 +149,11 @@ class Costs:
 
     def slice(self, sweep: SweepProgress, tokens: int, layers: int) -> Cost:
         """`layers` layers of the window of its next `tokens` rows, in a pass of its own."""
-        (line,) = self._slice_lines(sweep, (tokens,))
+        (line,) = self._lines_of(*self._slice_family(sweep, (tokens,)))
         return self._at(line, layers / sweep.state.layers)
 
-    def _slice_lines(self, sweep: SweepProgress, sizes: tuple[int, ...]) -> list[Line]:
-        before = coarse(sweep.forward_tokens)
-        return self._lines_of(self._slice_features, sizes, before, self.traits.adapters(sweep.state)[1])
+    def _slice_family(self, sweep: SweepProgress, sizes: tuple[int, ...]) -> _Family:
+        return self._slice_features, sizes, coarse(sweep.forward_tokens), self.traits.adapters(sweep.state)[1]
 
     def _slice_features(self, sizes: tuple[int, ...], before: int, passed: float) -> _Pair:
         return slice_lines(sizes, [self.traits.work(before, n) for n in sizes], passed)
@@ -166,6 +165,8 @@ class Costs:
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` with which the packed forward stays within `room` seconds, and what it then costs."""
         margin, boost = (self.margin(load), self._boost) if which else (0.0, 1.0)
+        if boost * self._base(load.with_ridden(sizes[-1], 0, 0))[0] + margin > room:  # without its adapters
+            return None
         lines = self._ride_lines(load, sizes, sweep)
         if boost * lines[-1][0] + margin > room:
             return None
@@ -183,12 +184,14 @@ class Costs:
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` whose backward unit takes at most `left` seconds; its cost."""
         place = sweep.state.sweep_id, sweep.backward_layer, sizes  # of many units, mostly
-        known = self._placed.get(place)
+        known, boost = self._placed.get(place), self._boost if which else 1.0
         if known is None:
             kind = self._kind(sweep)
+            if boost * self._least(0.0, backward_lines, sizes, kind) > left:
+                return None
             known = self._placed[place] = kind, self._lines_of(backward_lines, sizes, kind)
         kind, lines = known
-        boost, rows, whole = self._boost if which else 1.0, sweep.rows_before_backward, sweep.state.window
+        rows, whole = sweep.rows_before_backward, sweep.state.window
         for tokens, line in zip(sizes, lines, strict=True):
             if boost * line[0] <= left:
                 cost = self._backward(line, tokens, rows - tokens, whole, kind)
@@ -201,13 +204,14 @@ class Costs:
     ) -> tuple[int, int, Cost] | None:
         """Which of `sizes` through how many of `todo` more layers moves the most rows x layers in `left` seconds, and
         what it costs; of equals the earlier one."""
-        of, passed = sweep.state.layers, self.traits.adapters(sweep.state)[1]
-        key = sizes, todo, of, coarse(sweep.forward_tokens), passed, left, which
+        of, family = sweep.state.layers, self._slice_family(sweep, sizes)
+        key = *family, todo, of, left, which
         if key not in self._slices:
             boost = self._boost if which else 1.0
             best: tuple[int, int, Cost] | None = None
             most_moved = 0
-            for n, line in zip(sizes, self._slice_lines(sweep, sizes), strict=True):
+            fits = boost * self._least(1 / of, *family) <= left
+            for n, line in zip(sizes, self._lines_of(*family), strict=True) if fits else ():
                 if n * todo > most_moved and boost * (line[0] + line[1] / of) <= left:
                     depth = self._layers(line, todo, of, left, which)
                     if n * depth > most_moved:
@@ -233,17 +237,26 @@ class Costs:
 
         return at
 
-    def _lines_of(self, make: Callable[..., _Pair], sizes: tuple[int, ...], *rest: object) -> list[Line]:
-        key = make, sizes, rest
-        lines = self._lines.get(key)
+    def _lines_of(self, *family: Any) -> list[Line]:
+        lines = self._lines.get(family)
         if lines is None:
-            pairs = self._features.get(key)
-            if pairs is None:
-                if len(self._features) >= _MOST_LISTS:
-                    self._features.clear()
-                pairs = self._features[key] = make(sizes, *rest)
-            lines = self._lines[key] = self._model.lines(*pairs)
+            lines = self._lines[family] = self._model.lines(*self._pair(family))
         return lines
+
+    def _least(self, x: float, *family: Any) -> float:
+        """Mean seconds of the last of a family's sizes, which is the smallest, where it grows to `x`."""
+        lines = self._lines.get(family)
+        mean0, mean1 = self._model.last(*self._pair(family)) if lines is None else lines[-1][:2]
+        return mean0 + x * mean1
+
+    def _pair(self, family: _Family) -> _Pair:
+        pair = self._features.get(family)
+        if pair is None:
+            if len(self._features) >= _MOST_LISTS:
+                self._features.clear()
+            make, *arguments = family
+            pair = self._features[family] = make(*arguments)
+        return pair
 
     def _at(self, line: Line, x: float) -> Cost:
         mean0, mean1, var0, var1, var2 = line

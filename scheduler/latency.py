@@ -89,6 +89,14 @@ class LatencyModel:
         (mean0, var0), (mean1, var2) = (of_many, of_one) if many is fixed else (of_one, of_many)
         return list(zip(mean0, mean1, var0, both, var2, strict=True))
 
+    def last(self, fixed: Matrix | int, slope: Matrix | int) -> tuple[float, float]:
+        """The coefficients of the mean only, and of the last of these lines only."""
+        theta = self._theta
+        return (
+            float(theta[fixed] if isinstance(fixed, int) else fixed[-1] @ theta),
+            float(theta[slope] if isinstance(slope, int) else slope[-1] @ theta),
+        )
+
     def predict(self, features: PlanFeatures) -> tuple[float, float]:
         """(mean, upper) seconds of a whole iteration."""
         estimates = self.parts(features)

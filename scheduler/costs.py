@@ -17,15 +17,19 @@ from typing import Any
 import numpy as np
 
 from coserve.scheduler.features import (
+    RIDE_WORK,
     ROW_KNOTS,
     ForwardLoad,
     Kind,
     Matrix,
+    Vector,
     backward_lines,
     base_vector,
     coarse,
     head_lines,
-    ride_lines,
+    ride_rows,
+    ride_start,
+    ride_vectors,
     slice_lines,
 )
 from coserve.scheduler.latency import LatencyModel, Line
@@ -48,7 +52,7 @@ class Costs:
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
         self.traits = model.traits
-        self._features: dict[_Family, _Pair] = {}
+        self._features: dict[_Family, _Pair | Matrix] = {}
         replayed = self.traits.graph_rows
         self._streams = sorted({1, *ROW_KNOTS, 2 * ROW_KNOTS[-1], *replayed, *(n + 1 for n in replayed[-1:])})
         self._decodes = np.array([base_vector(_streams(n, self.traits.replayed(n))) for n in self._streams])
@@ -62,7 +66,7 @@ class Costs:
         self._lines: dict[_Family, list[Line]] = {}
         self._heads: dict[tuple[int, int, int], Cost] = {}
         self._backwards: dict[tuple[int, int, Kind], Cost] = {}
-        self._rides: dict[tuple[tuple[int, ...], int, tuple[float, float]], list[Line]] = {}
+        self._rides: dict[_Family, tuple[Matrix, list[float]]] = {}
         self._placed: dict[tuple[int, int, tuple[int, ...]], tuple[Kind, list[Line]]] = {}  # sweep, layer, sizes
         self._slices: dict[tuple[object, ...], tuple[int, int, Cost] | None] = {}
         self._ridden: ForwardLoad | None = None
@@ -100,18 +104,26 @@ class Costs:
 
     def ride(self, load: ForwardLoad, sweep: SweepState, before: int, rows: int) -> Cost:
         """As `base`, with `rows` rows of `sweep` riding along that come after `before` others of its stream."""
-        (line,) = self._ride_lines(load, (rows,), sweep)
-        mean, upper = self._at(line, self.traits.work(before, rows) / 1e6)
-        return mean, upper + self.margin(load)
+        vectors, _ = self._ride_vectors(load, (rows,), sweep)
+        return self._ride(vectors[0], self.traits.work(before, rows) / 1e6, self.margin(load))
 
-    def _ride_lines(self, load: ForwardLoad, sizes: tuple[int, ...], sweep: SweepState) -> list[Line]:
+    def _ride_vectors(self, load: ForwardLoad, sizes: tuple[int, ...], sweep: SweepState) -> tuple[Matrix, list[float]]:
+        """One for each size, and its mean; without their attention products."""
         if load is not self._ridden:
-            self._ridden, self._rides = load, {}
-        key = sizes, len(sweep.jobs), self.traits.adapters(sweep)
-        lines = self._rides.get(key)
-        if lines is None:
-            lines = self._rides[key] = self._model.lines(*ride_lines(load, *key))
-        return lines
+            self._ridden, self._ride_start, self._rides = load, ride_start(load), {}
+        family = ride_rows, sizes, len(sweep.jobs), self.traits.adapters(sweep)
+        known = self._rides.get(family)
+        if known is None:
+            vectors = ride_vectors(load, self._ride_start, self._made(family))
+            known = self._rides[family] = vectors, self._model.means(vectors).tolist()
+        return known
+
+    def _ride(self, vector: Vector, work: float, margin: float) -> Cost:
+        """`work`: a million attention products."""
+        whole = vector.copy()
+        whole[RIDE_WORK] += work
+        mean, deviation = self._model.part(whole)
+        return mean, self._boost * mean + deviation + margin
 
     def head(self, rows: int, steps: int, of: int, whole: int) -> Cost:
         """`steps` of the `of` sub-steps of a batch of `rows` label rows; `whole` rows are the largest batch."""
@@ -165,16 +177,14 @@ class Costs:
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` with which the packed forward stays within `room` seconds, and what it then costs."""
         margin, boost = (self.margin(load), self._boost) if which else (0.0, 1.0)
-        if boost * self._base(load.with_ridden(sizes[-1], 0, 0))[0] + margin > room:  # without its adapters
+        vectors, means = self._ride_vectors(load, sizes, sweep)
+        if boost * means[-1] + margin > room:
             return None
-        lines = self._ride_lines(load, sizes, sweep)
-        if boost * lines[-1][0] + margin > room:
-            return None
-        for rows, line in zip(sizes, lines, strict=True):
+        a_million = self._model.mean(RIDE_WORK)
+        for rows, vector, mean in zip(sizes, vectors, means, strict=True):
             work = self.traits.work(before, rows) / 1e6
-            if boost * (line[0] + work * line[1]) + margin <= room:
-                mean, upper = self._at(line, work)
-                cost = mean, upper + self.margin(load)
+            if boost * (mean + work * a_million) + margin <= room:
+                cost = self._ride(vector, work, self.margin(load))
                 if cost[which] <= room:
                     return rows, cost
         return None
@@ -240,23 +250,28 @@ class Costs:
     def _lines_of(self, *family: Any) -> list[Line]:
         lines = self._lines.get(family)
         if lines is None:
-            lines = self._lines[family] = self._model.lines(*self._pair(family))
+            lines = self._lines[family] = self._model.lines(*self._made(family))
         return lines
 
     def _least(self, x: float, *family: Any) -> float:
         """Mean seconds of the last of a family's sizes, which is the smallest, where it grows to `x`."""
         lines = self._lines.get(family)
-        mean0, mean1 = self._model.last(*self._pair(family)) if lines is None else lines[-1][:2]
-        return mean0 + x * mean1
+        if lines is not None:
+            return lines[-1][0] + x * lines[-1][1]
+        fixed, slope = self._made(family)
+        mean = self._model.mean
+        return mean(fixed if isinstance(fixed, int) else fixed[-1]) + x * mean(
+            slope if isinstance(slope, int) else slope[-1]
+        )
 
-    def _pair(self, family: _Family) -> _Pair:
-        pair = self._features.get(family)
-        if pair is None:
+    def _made(self, family: _Family) -> Any:
+        features = self._features.get(family)
+        if features is None:
             if len(self._features) >= _MOST_LISTS:
                 self._features.clear()
             make, *arguments = family
-            pair = self._features[family] = make(*arguments)
-        return pair
+            features = self._features[family] = make(*arguments)
+        return features
 
     def _at(self, line: Line, x: float) -> Cost:
         mean0, mean1, var0, var1, var2 = line

@@ -39,6 +39,7 @@ LOGITS = ROWS + len(ROW_KNOTS) - 1  # any logit row, then buckets of logit rows
 DECODE = LOGITS + len(HEAD_KNOTS)  # any decode, context tokens read by decodes / 4096
 PREFILL = DECODE + 2  # any prefill, its attention products / 1e6
 RIDE = PREFILL + 2  # any training row, training rows / 128, their attention products / 1e6
+RIDE_WORK = RIDE + 2
 ADAPTERS = RIDE + 3  # distinct adapters in the forward / 8, their sizes / 8, rows times the size of their adapter / 128
 GRAPH = ADAPTERS + 3  # a replayed graph, then buckets of its rows: in the place of forward, rows, logits and decodes
 OVERHEAD = GRAPH + len(GRAPH_KNOTS)  # what an iteration costs outside of its parts
@@ -49,7 +50,9 @@ SLICE = BACKWARD + len(UNIT_KNOTS) + 3  # a forward unit; then, times its share 
 # attention products / 1e6, rows times adapter sizes / 128
 SIZE = SLICE + 1 + len(UNIT_KNOTS) + 2
 
-_ROW_LOW, _ROW_WIDTH = np.array(ROW_KNOTS[:-1]), np.diff(ROW_KNOTS)  # of the buckets of packed rows
+# Of the buckets of packed rows.
+_ROW_LOW, _ROW_WIDTH = np.array(ROW_KNOTS[:-1], np.float64), np.diff(np.array(ROW_KNOTS, np.float64))
+_ROW_MOST = np.array([1.0] * (len(ROW_KNOTS) - 2) + [np.inf])
 
 Kind = tuple[int | None, float]  # of a unit: its layer's attention window, size of the adapters that a row passes
 
@@ -164,7 +167,7 @@ def _forward(load: ForwardLoad) -> list[float]:
     if load.ride_rows:
         v[RIDE] = 1.0
         v[RIDE + 1] = load.ride_rows / 128.0
-        v[RIDE + 2] = load.ride_work / 1e6
+        v[RIDE_WORK] = load.ride_work / 1e6
     v[ADAPTERS] = load.adapters / 8.0
     v[ADAPTERS + 1] = load.adapter_sizes / 8.0
     v[ADAPTERS + 2] = load.adapter_rows / 128.0
@@ -175,26 +178,36 @@ def overhead_vector() -> Vector:
     return _unit_vector(OVERHEAD)
 
 
-def ride_lines(load: ForwardLoad, sizes: Sequence[int], jobs: int, adapters: tuple[float, float]) -> tuple[Matrix, int]:
-    """As `base_vector`, once for each of `sizes` rows of a sweep of `jobs` jobs that ride along: (what does not depend
-    on their attention products, a million of those). `adapters`: as `Traits.adapters` says."""
+def ride_start(load: ForwardLoad) -> Vector:
+    """As `base_vector`, of a forward that carries rows of one more sweep, of which nothing is counted yet."""
+    v = base_vector(load.with_ridden(1, 0, 0))
+    v[RIDE + 1] = load.ride_rows / 128.0
+    return v
+
+
+def ride_rows(sizes: Sequence[int], jobs: int, adapters: tuple[float, float]) -> Matrix:
+    """What so many rows of a sweep of `jobs` jobs add to that, but for the buckets of packed rows and attention
+    products. `adapters`: as `Traits.adapters` says."""
     whole, passed = adapters
-    rows = np.array(sizes)
-    fixed = np.empty((len(sizes), SIZE))
-    fixed[:] = _forward(load.with_ridden(1, 0, jobs, whole))
-    # The entries that differ from size to size.
-    fixed[:, ROWS:LOGITS] = _row_buckets(load.rows + rows)
-    fixed[:, RIDE + 1] = (load.ride_rows + rows) / 128.0
-    fixed[:, ADAPTERS + 2] = (load.adapter_rows + rows * passed) / 128.0
-    fixed[:, OVERHEAD] = 1.0
-    return fixed, RIDE + 2
+    added = np.zeros((len(sizes), SIZE))
+    for v, rows in zip(added, sizes, strict=True):
+        v[RIDE + 1], v[ADAPTERS + 2] = rows / 128.0, rows * passed / 128.0
+    added[:, ADAPTERS], added[:, ADAPTERS + 1] = jobs / 8.0, whole / 8.0
+    return added
 
 
-def _row_buckets(rows: NDArray[np.int64]) -> Matrix:
+def ride_vectors(load: ForwardLoad, start: Vector, added: Matrix) -> Matrix:
+    """As `base_vector`, once for each size of a sweep that rides along, but for its attention products."""
+    vectors = start + added
+    vectors[:, ROWS:LOGITS] = _row_buckets(load.rows + 128.0 * added[:, RIDE + 1])
+    return vectors
+
+
+def _row_buckets(rows: Vector) -> Matrix:
     """As `buckets`, of packed rows: one line for each of `rows`."""
-    fills = np.maximum((rows[:, None] - _ROW_LOW) / _ROW_WIDTH, 0.0)
-    np.minimum(fills[:, :-1], 1.0, out=fills[:, :-1])
-    return fills
+    fills = (rows[:, None] - _ROW_LOW) / _ROW_WIDTH
+    np.maximum(fills, 0.0, out=fills)
+    return np.minimum(fills, _ROW_MOST, out=fills)
 
 
 def head_lines(sizes: Sequence[int]) -> tuple[int, Matrix]:

@@ -74,6 +74,10 @@ class LatencyModel:
         variance = float(x @ self._covariance @ x)
         return float(x @ self._theta), sqrt(variance) if variance > 0.0 else 0.0
 
+    def mean(self, x: Vector | int) -> float:
+        """Mean seconds of one vector, or of an entry that is 1."""
+        return float(self._theta[x] if isinstance(x, int) else x @ self._theta)
+
     def means(self, x: Vector | Matrix) -> Vector:
         """Mean seconds of one vector, or of each of n."""
         return np.asarray(x @ self._theta)
@@ -88,14 +92,6 @@ class LatencyModel:
         both = (2.0 * covered[:, entry]).tolist()
         (mean0, var0), (mean1, var2) = (of_many, of_one) if many is fixed else (of_one, of_many)
         return list(zip(mean0, mean1, var0, both, var2, strict=True))
-
-    def last(self, fixed: Matrix | int, slope: Matrix | int) -> tuple[float, float]:
-        """The coefficients of the mean only, and of the last of these lines only."""
-        theta = self._theta
-        return (
-            float(theta[fixed] if isinstance(fixed, int) else fixed[-1] @ theta),
-            float(theta[slope] if isinstance(slope, int) else slope[-1] @ theta),
-        )
 
     def predict(self, features: PlanFeatures) -> tuple[float, float]:
         """(mean, upper) seconds of a whole iteration."""

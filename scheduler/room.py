@@ -113,10 +113,12 @@ def wanted_adapters(
     in_use: Iterable[str], ahead: Iterable[RequestState], others: Iterable[RequestState], most: int
 ) -> tuple[str, ...]:
     """Adapters that ought to be on the device, at most `most`: those in use first, then those of `ahead`."""
-    wanted = dict.fromkeys(in_use)
+    wanted: dict[str | None, None] = {None: None, **dict.fromkeys(in_use)}
     for r in chain(ahead, others):
-        if r.adapter is not None and r.adapter not in wanted:
-            if len(wanted) >= most:
+        adapter = r.adapter
+        if adapter not in wanted:
+            if len(wanted) > most:
                 break
-            wanted[r.adapter] = None
+            wanted[adapter] = None
+    del wanted[None]
     return tuple(wanted)[:most]

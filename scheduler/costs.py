@@ -34,6 +34,7 @@ from coserve.scheduler.features import (
 )
 from coserve.scheduler.latency import LatencyModel, Line
 from coserve.scheduler.progress import SweepProgress
+from coserve.scheduler.search import how_many
 from coserve.scheduler.state import SweepState
 from coserve.scheduler.traits import attention_work
 
@@ -67,7 +68,8 @@ class Costs:
         self._heads: dict[tuple[int, int, int], Cost] = {}
         self._backwards: dict[tuple[int, int, Kind], Cost] = {}
         self._rides: dict[_Family, tuple[Matrix, list[float]]] = {}
-        self._placed: dict[tuple[int, int, tuple[int, ...]], tuple[Kind, list[Line]]] = {}  # sweep, layer, sizes
+        # Of a sweep, its layer and sizes: what its backward units are like, and the mean of the smallest.
+        self._placed: dict[tuple[int, int, tuple[int, ...]], tuple[Kind, float]] = {}
         self._slices: dict[tuple[object, ...], tuple[int, int, Cost] | None] = {}
         self._ridden: ForwardLoad | None = None
         self._most_margin = float("inf")
@@ -140,19 +142,18 @@ class Costs:
 
     def backward(self, sweep: SweepProgress, tokens: int) -> Cost:
         """The unit of its next `tokens` rows, in the layer where it stands."""
-        kind = self._kind(sweep)
-        (line,) = self._lines_of(backward_lines, (tokens,), kind)
-        return self._backward(line, tokens, sweep.rows_before_backward - tokens, sweep.state.window, kind)
+        return self._backward(tokens, sweep.rows_before_backward - tokens, sweep.state.window, self._kind(sweep))
 
-    def _backward(self, line: Line, tokens: int, before: int, whole: int, kind: Kind) -> Cost:
+    def _backward(self, tokens: int, before: int, whole: int, kind: Kind, line: Line | None = None) -> Cost:
+        """`line`: where it is known."""
         before = coarse(before)
         key = tokens, before, kind
         known = self._backwards.get(key)
         if known is None:
+            line = line or self._lines_of(backward_lines, (tokens,), kind)[0]
             known = self._at(line, attention_work(before, tokens, kind[0]) / 1e6)
             if tokens < whole:
-                (largest,) = self._lines_of(backward_lines, (whole,), kind)
-                known = _no_more_than(known, self._backward(largest, whole, before, whole, kind))
+                known = _no_more_than(known, self._backward(whole, before, whole, kind))
             self._backwards[key] = known
         return known
 
@@ -193,18 +194,21 @@ class Costs:
         self, sweep: SweepProgress, sizes: tuple[int, ...], left: float, which: int
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` whose backward unit takes at most `left` seconds; its cost."""
-        place = sweep.state.sweep_id, sweep.backward_layer, sizes  # of many units, mostly
-        known, boost = self._placed.get(place), self._boost if which else 1.0
+        place = sweep.state.sweep_id, sweep.backward_layer, sizes  # of many units, most often all of the first size
+        known = self._placed.get(place)
         if known is None:
             kind = self._kind(sweep)
-            if boost * self._least(0.0, backward_lines, sizes, kind) > left:
-                return None
-            known = self._placed[place] = kind, self._lines_of(backward_lines, sizes, kind)
-        kind, lines = known
-        rows, whole = sweep.rows_before_backward, sweep.state.window
-        for tokens, line in zip(sizes, lines, strict=True):
+            known = self._placed[place] = kind, self._least(0.0, backward_lines, sizes, kind)
+        kind, least = known
+        boost, rows, whole = self._boost if which else 1.0, sweep.rows_before_backward, sweep.state.window
+        if boost * least > left:
+            return None
+        cost = self._backward(sizes[0], rows - sizes[0], whole, kind)
+        if cost[which] <= left:
+            return sizes[0], cost
+        for tokens, line in zip(sizes, self._lines_of(backward_lines, sizes, kind), strict=True):
             if boost * line[0] <= left:
-                cost = self._backward(line, tokens, rows - tokens, whole, kind)
+                cost = self._backward(tokens, rows - tokens, whole, kind, line)
                 if cost[which] <= left:
                     return tokens, cost
         return None
@@ -230,7 +234,7 @@ class Costs:
         return self._slices[key]
 
     def _layers(self, line: Line, todo: int, of: int, left: float, which: int) -> int:
-        return most(todo, left, lambda layers: self._at(line, layers / of)[which])
+        return how_many(todo, left, lambda layers: self._at(line, layers / of)[which])
 
     def decoding(self, context: int) -> Callable[[int], float]:
         """Mean seconds of a decode step by its streams, which have `context` tokens each: a straight line between two
@@ -278,26 +282,6 @@ class Costs:
         mean = mean0 + x * mean1
         variance = var0 + x * (var1 + x * var2)
         return mean, self._boost * mean + (sqrt(variance) if variance > 0.0 else 0.0)
-
-
-def most(todo: int, left: float, seconds: Callable[[int], float]) -> int:
-    """How many of `todo` layers or sub-steps fit in `left` seconds; 0 if not even one does. `seconds(n)` of n of them
-    must not fall with n."""
-    one = seconds(1)
-    if one > left:
-        return 0
-    if todo == 1:
-        return 1
-    every = seconds(todo)
-    if every <= left:
-        return todo
-    # Nearly a straight line (an upper estimate is a linear mean plus a norm): a few steps from the chord, if any.
-    found = max(1, min(todo - 1, 1 + int((left - one) / ((every - one) / (todo - 1)))))
-    while found > 1 and seconds(found) > left:
-        found -= 1
-    while found < todo - 1 and seconds(found + 1) <= left:
-        found += 1
-    return found
 
 
 def _kind(load: ForwardLoad) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from coserve.scheduler.state import RequestState, SchedulerState
 
@@ -113,7 +114,7 @@ def wanted_adapters(
     in_use: Iterable[str], ahead: Iterable[RequestState], others: Iterable[RequestState], most: int
 ) -> tuple[str, ...]:
     """Adapters that ought to be on the device, at most `most`: those in use first, then those of `ahead`."""
-    wanted: dict[str | None, None] = {None: None, **dict.fromkeys(in_use)}
+    wanted: dict[Any, None] = {None: None, **dict.fromkeys(in_use)}  # None: of the base model
     for r in chain(ahead, others):
         adapter = r.adapter
         if adapter not in wanted:

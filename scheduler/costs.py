@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from coserve.scheduler.features import (
-    RIDE_WORK,
     ROW_KNOTS,
     ForwardLoad,
     Kind,
@@ -27,9 +26,8 @@ from coserve.scheduler.features import (
     base_vector,
     coarse,
     head_lines,
-    ride_rows,
-    ride_start,
     ride_vectors,
+    rider_entries,
     slice_lines,
 )
 from coserve.scheduler.latency import LatencyModel, Line
@@ -53,7 +51,7 @@ class Costs:
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
         self.traits = model.traits
-        self._features: dict[_Family, _Pair | Matrix] = {}
+        self._features: dict[_Family, _Pair] = {}
         replayed = self.traits.graph_rows
         self._streams = sorted({1, *ROW_KNOTS, 2 * ROW_KNOTS[-1], *replayed, *(n + 1 for n in replayed[-1:])})
         self._decodes = np.array([base_vector(_streams(n, self.traits.replayed(n))) for n in self._streams])
@@ -67,7 +65,7 @@ class Costs:
         self._lines: dict[_Family, list[Line]] = {}
         self._heads: dict[tuple[int, int, int], Cost] = {}
         self._backwards: dict[tuple[int, int, Kind], Cost] = {}
-        self._rides: dict[_Family, tuple[Matrix, list[float]]] = {}
+        self._rides: dict[tuple[int, ...], tuple[Matrix, list[float]]] = {}
         # Of a sweep, its layer and sizes: what its backward units are like, and the mean of the smallest.
         self._placed: dict[tuple[int, int, tuple[int, ...]], tuple[Kind, float]] = {}
         self._slices: dict[tuple[object, ...], tuple[int, int, Cost] | None] = {}
@@ -106,26 +104,28 @@ class Costs:
 
     def ride(self, load: ForwardLoad, sweep: SweepState, before: int, rows: int) -> Cost:
         """As `base`, with `rows` rows of `sweep` riding along that come after `before` others of its stream."""
-        vectors, _ = self._ride_vectors(load, (rows,), sweep)
-        return self._ride(vectors[0], self.traits.work(before, rows) / 1e6, self.margin(load))
+        vectors, _ = self._ride_vectors(load, (rows,))
+        return self._ride(load, vectors[0], self._rider(sweep, before, rows))
 
-    def _ride_vectors(self, load: ForwardLoad, sizes: tuple[int, ...], sweep: SweepState) -> tuple[Matrix, list[float]]:
-        """One for each size, and its mean; without their attention products."""
+    def _ride_vectors(self, load: ForwardLoad, sizes: tuple[int, ...]) -> tuple[Matrix, list[float]]:
+        """One for each size, and its mean; without what differs from sweep to sweep."""
         if load is not self._ridden:
-            self._ridden, self._ride_start, self._rides = load, ride_start(load), {}
-        family = ride_rows, sizes, len(sweep.jobs), self.traits.adapters(sweep)
-        known = self._rides.get(family)
+            self._ridden, self._rides = load, {}
+        known = self._rides.get(sizes)
         if known is None:
-            vectors = ride_vectors(load, self._ride_start, self._made(family))
-            known = self._rides[family] = vectors, self._model.means(vectors).tolist()
+            vectors = ride_vectors(load, sizes)
+            known = self._rides[sizes] = vectors, self._model.means(vectors).tolist()
         return known
 
-    def _ride(self, vector: Vector, work: float, margin: float) -> Cost:
-        """`work`: a million attention products."""
+    def _rider(self, sweep: SweepState, before: int, rows: int) -> tuple[tuple[int, float], ...]:
+        return rider_entries(rows, self.traits.work(before, rows), len(sweep.jobs), self.traits.adapters(sweep))
+
+    def _ride(self, load: ForwardLoad, vector: Vector, rider: tuple[tuple[int, float], ...]) -> Cost:
         whole = vector.copy()
-        whole[RIDE_WORK] += work
+        for entry, more in rider:
+            whole[entry] += more
         mean, deviation = self._model.part(whole)
-        return mean, self._boost * mean + deviation + margin
+        return mean, self._boost * mean + deviation + self.margin(load)
 
     def head(self, rows: int, steps: int, of: int, whole: int) -> Cost:
         """`steps` of the `of` sub-steps of a batch of `rows` label rows; `whole` rows are the largest batch."""
@@ -178,14 +178,10 @@ class Costs:
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` with which the packed forward stays within `room` seconds, and what it then costs."""
         margin, boost = (self.margin(load), self._boost) if which else (0.0, 1.0)
-        vectors, means = self._ride_vectors(load, sizes, sweep)
-        if boost * means[-1] + margin > room:
-            return None
-        a_million = self._model.mean(RIDE_WORK)
+        vectors, means = self._ride_vectors(load, sizes)
         for rows, vector, mean in zip(sizes, vectors, means, strict=True):
-            work = self.traits.work(before, rows) / 1e6
-            if boost * (mean + work * a_million) + margin <= room:
-                cost = self._ride(vector, work, self.margin(load))
+            if boost * mean + margin <= room:
+                cost = self._ride(load, vector, self._rider(sweep, before, rows))
                 if cost[which] <= room:
                     return rows, cost
         return None
@@ -268,7 +264,7 @@ class Costs:
             slope if isinstance(slope, int) else slope[-1]
         )
 
-    def _made(self, family: _Family) -> Any:
+    def _made(self, family: _Family) -> _Pair:
         features = self._features.get(family)
         if features is None:
             if len(self._features) >= _MOST_LISTS:

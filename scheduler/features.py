@@ -39,7 +39,6 @@ LOGITS = ROWS + len(ROW_KNOTS) - 1  # any logit row, then buckets of logit rows
 DECODE = LOGITS + len(HEAD_KNOTS)  # any decode, context tokens read by decodes / 4096
 PREFILL = DECODE + 2  # any prefill, its attention products / 1e6
 RIDE = PREFILL + 2  # any training row, training rows / 128, their attention products / 1e6
-RIDE_WORK = RIDE + 2
 ADAPTERS = RIDE + 3  # distinct adapters in the forward / 8, their sizes / 8, rows times the size of their adapter / 128
 GRAPH = ADAPTERS + 3  # a replayed graph, then buckets of its rows: in the place of forward, rows, logits and decodes
 OVERHEAD = GRAPH + len(GRAPH_KNOTS)  # what an iteration costs outside of its parts
@@ -167,7 +166,7 @@ def _forward(load: ForwardLoad) -> list[float]:
     if load.ride_rows:
         v[RIDE] = 1.0
         v[RIDE + 1] = load.ride_rows / 128.0
-        v[RIDE_WORK] = load.ride_work / 1e6
+        v[RIDE + 2] = load.ride_work / 1e6
     v[ADAPTERS] = load.adapters / 8.0
     v[ADAPTERS + 1] = load.adapter_sizes / 8.0
     v[ADAPTERS + 2] = load.adapter_rows / 128.0
@@ -178,29 +177,24 @@ def overhead_vector() -> Vector:
     return _unit_vector(OVERHEAD)
 
 
-def ride_start(load: ForwardLoad) -> Vector:
-    """As `base_vector`, of a forward that carries rows of one more sweep, of which nothing is counted yet."""
-    v = base_vector(load.with_ridden(1, 0, 0))
-    v[RIDE + 1] = load.ride_rows / 128.0
-    return v
-
-
-def ride_rows(sizes: Sequence[int], jobs: int, adapters: tuple[float, float]) -> Matrix:
-    """What so many rows of a sweep of `jobs` jobs add to that, but for the buckets of packed rows and attention
-    products. `adapters`: as `Traits.adapters` says."""
-    whole, passed = adapters
-    added = np.zeros((len(sizes), SIZE))
-    for v, rows in zip(added, sizes, strict=True):
-        v[RIDE + 1], v[ADAPTERS + 2] = rows / 128.0, rows * passed / 128.0
-    added[:, ADAPTERS], added[:, ADAPTERS + 1] = jobs / 8.0, whole / 8.0
-    return added
-
-
-def ride_vectors(load: ForwardLoad, start: Vector, added: Matrix) -> Matrix:
-    """As `base_vector`, once for each size of a sweep that rides along, but for its attention products."""
-    vectors = start + added
-    vectors[:, ROWS:LOGITS] = _row_buckets(load.rows + 128.0 * added[:, RIDE + 1])
+def ride_vectors(load: ForwardLoad, sizes: Sequence[int]) -> Matrix:
+    """As `base_vector`, once for each of `sizes` rows that ride along, but for `rider_entries`."""
+    rows = np.array(sizes, np.float64)
+    vectors = np.empty((len(sizes), SIZE))
+    vectors[:] = base_vector(load.with_ridden(1, 0, 0))
+    vectors[:, ROWS:LOGITS] = _row_buckets(load.rows + rows)
+    vectors[:, RIDE + 1] = (load.ride_rows + rows) / 128.0
     return vectors
+
+
+def rider_entries(rows: int, work: float, jobs: int, adapters: tuple[float, float]) -> tuple[tuple[int, float], ...]:
+    """What else so many rows of a sweep of `jobs` jobs add, and to which entries: their attention products and its
+    adapters, as `Traits.adapters` says."""
+    whole, passed = adapters
+    return (
+        (RIDE + 2, work / 1e6), (ADAPTERS, jobs / 8.0), (ADAPTERS + 1, whole / 8.0),
+        (ADAPTERS + 2, rows * passed / 128.0),
+    )  # fmt: skip
 
 
 def _row_buckets(rows: Vector) -> Matrix:

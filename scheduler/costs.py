@@ -11,23 +11,24 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 from math import sqrt
 from typing import Any
 
 import numpy as np
 
 from coserve.scheduler.features import (
+    LOGITS,
+    RIDE,
     ROW_KNOTS,
+    ROWS,
     ForwardLoad,
     Kind,
     Matrix,
-    Vector,
     backward_lines,
     base_vector,
     coarse,
     head_lines,
-    ride_vectors,
-    rider_entries,
     slice_lines,
 )
 from coserve.scheduler.latency import LatencyModel, Line
@@ -65,11 +66,9 @@ class Costs:
         self._lines: dict[_Family, list[Line]] = {}
         self._heads: dict[tuple[int, int, int], Cost] = {}
         self._backwards: dict[tuple[int, int, Kind], Cost] = {}
-        self._rides: dict[tuple[int, ...], tuple[Matrix, list[float]]] = {}
         # Of a sweep, its layer and sizes: what its backward units are like, and the mean of the smallest.
         self._placed: dict[tuple[int, int, tuple[int, ...]], tuple[Kind, float]] = {}
         self._slices: dict[tuple[object, ...], tuple[int, int, Cost] | None] = {}
-        self._ridden: ForwardLoad | None = None
         self._most_margin = float("inf")
 
     def serving(self, load: ForwardLoad) -> Cost:
@@ -104,28 +103,7 @@ class Costs:
 
     def ride(self, load: ForwardLoad, sweep: SweepState, before: int, rows: int) -> Cost:
         """As `base`, with `rows` rows of `sweep` riding along that come after `before` others of its stream."""
-        vectors, _ = self._ride_vectors(load, (rows,))
-        return self._ride(load, vectors[0], self._rider(sweep, before, rows))
-
-    def _ride_vectors(self, load: ForwardLoad, sizes: tuple[int, ...]) -> tuple[Matrix, list[float]]:
-        """One for each size, and its mean; without what differs from sweep to sweep."""
-        if load is not self._ridden:
-            self._ridden, self._rides = load, {}
-        known = self._rides.get(sizes)
-        if known is None:
-            vectors = ride_vectors(load, sizes)
-            known = self._rides[sizes] = vectors, self._model.means(vectors).tolist()
-        return known
-
-    def _rider(self, sweep: SweepState, before: int, rows: int) -> tuple[tuple[int, float], ...]:
-        return rider_entries(rows, self.traits.work(before, rows), len(sweep.jobs), self.traits.adapters(sweep))
-
-    def _ride(self, load: ForwardLoad, vector: Vector, rider: tuple[tuple[int, float], ...]) -> Cost:
-        whole = vector.copy()
-        for entry, more in rider:
-            whole[entry] += more
-        mean, deviation = self._model.part(whole)
-        return mean, self._boost * mean + deviation + self.margin(load)
+        return self.base(load.with_ride(sweep, before, rows, self.traits))
 
     def head(self, rows: int, steps: int, of: int, whole: int) -> Cost:
         """`steps` of the `of` sub-steps of a batch of `rows` label rows; `whole` rows are the largest batch."""
@@ -178,13 +156,26 @@ class Costs:
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` with which the packed forward stays within `room` seconds, and what it then costs."""
         margin, boost = (self.margin(load), self._boost) if which else (0.0, 1.0)
-        vectors, means = self._ride_vectors(load, sizes)
-        for rows, vector, mean in zip(sizes, vectors, means, strict=True):
-            if boost * mean + margin <= room:
-                cost = self._ride(load, vector, self._rider(sweep, before, rows))
+        least = self._least_ride(load)
+        for rows in sizes:
+            if boost * least(rows) + margin <= room:
+                cost = self.ride(load, sweep, before, rows)
                 if cost[which] <= room:
                     return rows, cost
         return None
+
+    def _least_ride(self, load: ForwardLoad) -> Callable[[int], float]:
+        """Mean seconds by the rows that ride along, without their attention products and adapters."""
+        buckets, (a_ride, a_row) = self._model.prices(ROWS, LOGITS), self._model.prices(RIDE, RIDE + 2)
+        crossed = [0.0, *accumulate(buckets)]
+
+        def packed(rows: int) -> float:
+            i = min(bisect_right(ROW_KNOTS, rows), len(buckets))
+            low, high = ROW_KNOTS[i - 1], ROW_KNOTS[i]
+            return crossed[i - 1] + buckets[i - 1] * (rows - low) / (high - low)
+
+        known = self._base(load.with_ridden(0, 0, 0))[0] - packed(max(1, load.rows)) + a_ride * (not load.ride_rows)
+        return lambda rows: known + packed(load.rows + rows) + a_row * rows / 128.0
 
     def largest_backward(
         self, sweep: SweepProgress, sizes: tuple[int, ...], left: float, which: int

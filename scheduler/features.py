@@ -49,10 +49,6 @@ SLICE = BACKWARD + len(UNIT_KNOTS) + 3  # a forward unit; then, times its share 
 # attention products / 1e6, rows times adapter sizes / 128
 SIZE = SLICE + 1 + len(UNIT_KNOTS) + 2
 
-# Of the buckets of packed rows.
-_ROW_LOW, _ROW_WIDTH = np.array(ROW_KNOTS[:-1], np.float64), np.diff(np.array(ROW_KNOTS, np.float64))
-_ROW_MOST = np.array([1.0] * (len(ROW_KNOTS) - 2) + [np.inf])
-
 Kind = tuple[int | None, float]  # of a unit: its layer's attention window, size of the adapters that a row passes
 
 
@@ -175,33 +171,6 @@ def _forward(load: ForwardLoad) -> list[float]:
 
 def overhead_vector() -> Vector:
     return _unit_vector(OVERHEAD)
-
-
-def ride_vectors(load: ForwardLoad, sizes: Sequence[int]) -> Matrix:
-    """As `base_vector`, once for each of `sizes` rows that ride along, but for `rider_entries`."""
-    rows = np.array(sizes, np.float64)
-    vectors = np.empty((len(sizes), SIZE))
-    vectors[:] = base_vector(load.with_ridden(1, 0, 0))
-    vectors[:, ROWS:LOGITS] = _row_buckets(load.rows + rows)
-    vectors[:, RIDE + 1] = (load.ride_rows + rows) / 128.0
-    return vectors
-
-
-def rider_entries(rows: int, work: float, jobs: int, adapters: tuple[float, float]) -> tuple[tuple[int, float], ...]:
-    """What else so many rows of a sweep of `jobs` jobs add, and to which entries: their attention products and its
-    adapters, as `Traits.adapters` says."""
-    whole, passed = adapters
-    return (
-        (RIDE + 2, work / 1e6), (ADAPTERS, jobs / 8.0), (ADAPTERS + 1, whole / 8.0),
-        (ADAPTERS + 2, rows * passed / 128.0),
-    )  # fmt: skip
-
-
-def _row_buckets(rows: Vector) -> Matrix:
-    """As `buckets`, of packed rows: one line for each of `rows`."""
-    fills = (rows[:, None] - _ROW_LOW) / _ROW_WIDTH
-    np.maximum(fills, 0.0, out=fills)
-    return np.minimum(fills, _ROW_MOST, out=fills)
 
 
 def head_lines(sizes: Sequence[int]) -> tuple[int, Matrix]:

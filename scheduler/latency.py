@@ -78,6 +78,10 @@ class LatencyModel:
         """Mean seconds of one vector, or of an entry that is 1."""
         return float(self._theta[x] if isinstance(x, int) else x @ self._theta)
 
+    def prices(self, first: int, last: int) -> list[float]:
+        """Mean seconds of one of each entry from `first` to the one before `last`."""
+        return self._theta[first:last].tolist()
+
     def means(self, x: Vector | Matrix) -> Vector:
         """Mean seconds of one vector, or of each of n."""
         return np.asarray(x @ self._theta)

@@ -69,6 +69,7 @@ class Costs:
         # Of a sweep, its layer and sizes: what its backward units are like, and the mean of the smallest.
         self._placed: dict[tuple[int, int, tuple[int, ...]], tuple[Kind, float]] = {}
         self._slices: dict[tuple[object, ...], tuple[int, int, Cost] | None] = {}
+        self._ridden: ForwardLoad | None = None
         self._most_margin = float("inf")
 
     def serving(self, load: ForwardLoad) -> Cost:
@@ -156,7 +157,9 @@ class Costs:
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` with which the packed forward stays within `room` seconds, and what it then costs."""
         margin, boost = (self.margin(load), self._boost) if which else (0.0, 1.0)
-        least = self._least_ride(load)
+        if load is not self._ridden:
+            self._ridden, self._least_of_rides = load, self._least_ride(load)
+        least = self._least_of_rides
         for rows in sizes:
             if boost * least(rows) + margin <= room:
                 cost = self.ride(load, sweep, before, rows)

@@ -94,8 +94,8 @@ class Lineup:
         share, now = self._share, self._now
         served = share.served_of(queues)
         later = defaultdict(list)
-        for tenant, level in served.items():
-            later[share.turn(level)].append(tenant)
+        for tenant, turn in share.turns(served).items():
+            later[turn].append(tenant)
         turns = sorted(later, reverse=True)
         heap: list[tuple[float, bool, float, float, str]] = []
         orders: dict[str, list[RequestState]] = {}  # what is left of queues that had a turn, the next one last

@@ -13,7 +13,7 @@ from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Ride, S
 from coserve.scheduler.traits import Traits
 
 PRIORITIES = ("normal", "low")
-Stand = tuple[float, ...]
+Stand = tuple[object, ...]
 
 
 class SweepProgress:
@@ -165,7 +165,7 @@ def stand(sweep: SweepProgress, traits: Traits) -> Stand:
     """Whatever the cost of a sweep's next unit depends on: what is refused one is refused all that stand there."""
     state = sweep.state
     return (
-        state.layers, state.window, state.stream_tokens, len(state.jobs), *traits.adapters(state), state.head_steps,
+        state.layers, state.window, state.stream_tokens, len(state.jobs), traits.adapters(state), state.head_steps,
         traits.window(sweep.backward_layer) or 0, sweep.forward_tokens,
         sweep.partial_tokens, sweep.partial_layer, sweep.ridden, sweep.sliced, sweep.head_ready, sweep.head_left,
         sweep.head_partial_rows, sweep.head_partial_steps, sweep.backward_tokens,

@@ -16,6 +16,7 @@ from math import inf
 from coserve.scheduler.admission import Candidate
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.features import ForwardLoad
+from coserve.scheduler.search import largest
 from coserve.scheduler.state import RequestState
 from coserve.scheduler.traits import Traits
 
@@ -53,29 +54,6 @@ class ChunkPolicy:
                 return least
         due = min((r.ttft_deadline for r in behind), default=inf)
         return least if now + -(-ahead // least) * each >= due else 0
-
-
-def largest(most: int, budget: float, seconds: Callable[[int], float]) -> int:
-    """The largest size up to `most` whose `seconds` are within `budget`; 0 if 1 is not. They must not fall with the
-    size; they are nearly straight lines, so the search guesses along the chord and halves only where that is slow."""
-    above = seconds(most)
-    if above <= budget:
-        return most
-    below = seconds(1)
-    if below > budget:
-        return 0
-    low, high = 1, most  # low fits, high does not
-    halve = False
-    while high - low > 1:
-        guess = (low + high) // 2 if halve else low + int((high - low) * (budget - below) / (above - below))
-        guess = min(max(guess, low + 1), high - 1)
-        found, width = seconds(guess), high - low
-        if found <= budget:
-            low, below = guess, found
-        else:
-            high, above = guess, found
-        halve = 2 * (high - low) > width
-    return low
 
 
 def cut(candidates: Candidates, tokens: int) -> list[tuple[Candidate, int]]:

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 from math import sqrt
 from typing import Any
 
 import numpy as np
 
 from coserve.scheduler.features import (
+    LOGITS,
+    RIDE,
     ROW_KNOTS,
+    ROWS,
     ForwardLoad,
     Kind,
     Matrix,
@@ -25,17 +29,17 @@ from coserve.scheduler.features import (
     base_vector,
     coarse,
     head_lines,
-    ride_lines,
     slice_lines,
 )
 from coserve.scheduler.latency import LatencyModel, Line
 from coserve.scheduler.progress import SweepProgress
+from coserve.scheduler.search import how_many
 from coserve.scheduler.state import SweepState
 from coserve.scheduler.traits import attention_work
 
 Cost = tuple[float, float]  # (mean, upper) seconds
 _Pair = tuple[Matrix, int] | tuple[int, Matrix]  # (what lines start from, their directions), as `features` has them
-_Key = tuple[Any, ...]  # what makes features, of which sizes, and what else they depend on
+_Family = tuple[Any, ...]  # what makes features, of which sizes (the largest first), and what else they depend on
 _MOST_LISTS = 128  # of sizes whose features are kept: most often they are those of a whole window
 
 
@@ -48,7 +52,7 @@ class Costs:
     def __init__(self, model: LatencyModel) -> None:
         self._model = model
         self.traits = model.traits
-        self._features: dict[_Key, _Pair] = {}
+        self._features: dict[_Family, _Pair] = {}
         replayed = self.traits.graph_rows
         self._streams = sorted({1, *ROW_KNOTS, 2 * ROW_KNOTS[-1], *replayed, *(n + 1 for n in replayed[-1:])})
         self._decodes = np.array([base_vector(_streams(n, self.traits.replayed(n))) for n in self._streams])
@@ -59,11 +63,11 @@ class Costs:
         """Forget the answers: the model may have learned since."""
         self._boost = self._model.margins.boost
         self._bases: dict[ForwardLoad, tuple[float, float]] = {}  # (mean, deviation)
-        self._lines: dict[_Key, list[Line]] = {}
+        self._lines: dict[_Family, list[Line]] = {}
         self._heads: dict[tuple[int, int, int], Cost] = {}
         self._backwards: dict[tuple[int, int, Kind], Cost] = {}
-        self._rides: dict[tuple[tuple[int, ...], int, tuple[float, float]], list[Line]] = {}
-        self._placed: dict[tuple[int, int, tuple[int, ...]], tuple[Kind, list[Line]]] = {}  # sweep, layer, sizes
+        # Of a sweep, its layer and sizes: what its backward units are like, and the mean of the smallest.
+        self._placed: dict[tuple[int, int, tuple[int, ...]], tuple[Kind, float]] = {}
         self._slices: dict[tuple[object, ...], tuple[int, int, Cost] | None] = {}
         self._ridden: ForwardLoad | None = None
         self._most_margin = float("inf")
@@ -100,18 +104,7 @@ class Costs:
 
     def ride(self, load: ForwardLoad, sweep: SweepState, before: int, rows: int) -> Cost:
         """As `base`, with `rows` rows of `sweep` riding along that come after `before` others of its stream."""
-        (line,) = self._ride_lines(load, (rows,), sweep)
-        mean, upper = self._at(line, self.traits.work(before, rows) / 1e6)
-        return mean, upper + self.margin(load)
-
-    def _ride_lines(self, load: ForwardLoad, sizes: tuple[int, ...], sweep: SweepState) -> list[Line]:
-        if load is not self._ridden:
-            self._ridden, self._rides = load, {}
-        key = sizes, len(sweep.jobs), self.traits.adapters(sweep)
-        lines = self._rides.get(key)
-        if lines is None:
-            lines = self._rides[key] = self._model.lines(*ride_lines(load, *key))
-        return lines
+        return self.base(load.with_ride(sweep, before, rows, self.traits))
 
     def head(self, rows: int, steps: int, of: int, whole: int) -> Cost:
         """`steps` of the `of` sub-steps of a batch of `rows` label rows; `whole` rows are the largest batch."""
@@ -128,19 +121,18 @@ class Costs:
 
     def backward(self, sweep: SweepProgress, tokens: int) -> Cost:
         """The unit of its next `tokens` rows, in the layer where it stands."""
-        kind = self._kind(sweep)
-        (line,) = self._lines_of(backward_lines, (tokens,), kind)
-        return self._backward(line, tokens, sweep.rows_before_backward - tokens, sweep.state.window, kind)
+        return self._backward(tokens, sweep.rows_before_backward - tokens, sweep.state.window, self._kind(sweep))
 
-    def _backward(self, line: Line, tokens: int, before: int, whole: int, kind: Kind) -> Cost:
+    def _backward(self, tokens: int, before: int, whole: int, kind: Kind, line: Line | None = None) -> Cost:
+        """`line`: where it is known."""
         before = coarse(before)
         key = tokens, before, kind
         known = self._backwards.get(key)
         if known is None:
+            line = line or self._lines_of(backward_lines, (tokens,), kind)[0]
             known = self._at(line, attention_work(before, tokens, kind[0]) / 1e6)
             if tokens < whole:
-                (largest,) = self._lines_of(backward_lines, (whole,), kind)
-                known = _no_more_than(known, self._backward(largest, whole, before, whole, kind))
+                known = _no_more_than(known, self._backward(whole, before, whole, kind))
             self._backwards[key] = known
         return known
 
@@ -149,12 +141,11 @@ class Costs:
 
     def slice(self, sweep: SweepProgress, tokens: int, layers: int) -> Cost:
         """`layers` layers of the window of its next `tokens` rows, in a pass of its own."""
-        (line,) = self._slice_lines(sweep, (tokens,))
+        (line,) = self._lines_of(*self._slice_family(sweep, (tokens,)))
         return self._at(line, layers / sweep.state.layers)
 
-    def _slice_lines(self, sweep: SweepProgress, sizes: tuple[int, ...]) -> list[Line]:
-        before = coarse(sweep.forward_tokens)
-        return self._lines_of(self._slice_features, sizes, before, self.traits.adapters(sweep.state)[1])
+    def _slice_family(self, sweep: SweepProgress, sizes: tuple[int, ...]) -> _Family:
+        return self._slice_features, sizes, coarse(sweep.forward_tokens), self.traits.adapters(sweep.state)[1]
 
     def _slice_features(self, sizes: tuple[int, ...], before: int, passed: float) -> _Pair:
         return slice_lines(sizes, [self.traits.work(before, n) for n in sizes], passed)
@@ -166,32 +157,48 @@ class Costs:
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` with which the packed forward stays within `room` seconds, and what it then costs."""
         margin, boost = (self.margin(load), self._boost) if which else (0.0, 1.0)
-        lines = self._ride_lines(load, sizes, sweep)
-        if boost * lines[-1][0] + margin > room:
-            return None
-        for rows, line in zip(sizes, lines, strict=True):
-            work = self.traits.work(before, rows) / 1e6
-            if boost * (line[0] + work * line[1]) + margin <= room:
-                mean, upper = self._at(line, work)
-                cost = mean, upper + self.margin(load)
+        if load is not self._ridden:
+            self._ridden, self._least_of_rides = load, self._least_ride(load)
+        least = self._least_of_rides
+        for rows in sizes:
+            if boost * least(rows) + margin <= room:
+                cost = self.ride(load, sweep, before, rows)
                 if cost[which] <= room:
                     return rows, cost
         return None
+
+    def _least_ride(self, load: ForwardLoad) -> Callable[[int], float]:
+        """Mean seconds by the rows that ride along, without their attention products and adapters."""
+        buckets, (a_ride, a_row) = self._model.prices(ROWS, LOGITS), self._model.prices(RIDE, RIDE + 2)
+        crossed = [0.0, *accumulate(buckets)]
+
+        def packed(rows: int) -> float:
+            i = min(bisect_right(ROW_KNOTS, rows), len(buckets))
+            low, high = ROW_KNOTS[i - 1], ROW_KNOTS[i]
+            return crossed[i - 1] + buckets[i - 1] * (rows - low) / (high - low)
+
+        known = self._base(load.with_ridden(0, 0, 0))[0] - packed(max(1, load.rows)) + a_ride * (not load.ride_rows)
+        return lambda rows: known + packed(load.rows + rows) + a_row * rows / 128.0
 
     def largest_backward(
         self, sweep: SweepProgress, sizes: tuple[int, ...], left: float, which: int
     ) -> tuple[int, Cost] | None:
         """The first of `sizes` whose backward unit takes at most `left` seconds; its cost."""
-        place = sweep.state.sweep_id, sweep.backward_layer, sizes  # of many units, mostly
+        place = sweep.state.sweep_id, sweep.backward_layer, sizes  # of many units, most often all of the first size
         known = self._placed.get(place)
         if known is None:
             kind = self._kind(sweep)
-            known = self._placed[place] = kind, self._lines_of(backward_lines, sizes, kind)
-        kind, lines = known
+            known = self._placed[place] = kind, self._least(0.0, backward_lines, sizes, kind)
+        kind, least = known
         boost, rows, whole = self._boost if which else 1.0, sweep.rows_before_backward, sweep.state.window
-        for tokens, line in zip(sizes, lines, strict=True):
+        if boost * least > left:
+            return None
+        cost = self._backward(sizes[0], rows - sizes[0], whole, kind)
+        if cost[which] <= left:
+            return sizes[0], cost
+        for tokens, line in zip(sizes, self._lines_of(backward_lines, sizes, kind), strict=True):
             if boost * line[0] <= left:
-                cost = self._backward(line, tokens, rows - tokens, whole, kind)
+                cost = self._backward(tokens, rows - tokens, whole, kind, line)
                 if cost[which] <= left:
                     return tokens, cost
         return None
@@ -201,13 +208,14 @@ class Costs:
     ) -> tuple[int, int, Cost] | None:
         """Which of `sizes` through how many of `todo` more layers moves the most rows x layers in `left` seconds, and
         what it costs; of equals the earlier one."""
-        of, passed = sweep.state.layers, self.traits.adapters(sweep.state)[1]
-        key = sizes, todo, of, coarse(sweep.forward_tokens), passed, left, which
+        of, family = sweep.state.layers, self._slice_family(sweep, sizes)
+        key = *family, todo, of, left, which
         if key not in self._slices:
             boost = self._boost if which else 1.0
             best: tuple[int, int, Cost] | None = None
             most_moved = 0
-            for n, line in zip(sizes, self._slice_lines(sweep, sizes), strict=True):
+            fits = boost * self._least(1 / of, *family) <= left
+            for n, line in zip(sizes, self._lines_of(*family), strict=True) if fits else ():
                 if n * todo > most_moved and boost * (line[0] + line[1] / of) <= left:
                     depth = self._layers(line, todo, of, left, which)
                     if n * depth > most_moved:
@@ -216,7 +224,7 @@ class Costs:
         return self._slices[key]
 
     def _layers(self, line: Line, todo: int, of: int, left: float, which: int) -> int:
-        return most(todo, left, lambda layers: self._at(line, layers / of)[which])
+        return how_many(todo, left, lambda layers: self._at(line, layers / of)[which])
 
     def decoding(self, context: int) -> Callable[[int], float]:
         """Mean seconds of a decode step by its streams, which have `context` tokens each: a straight line between two
@@ -233,43 +241,37 @@ class Costs:
 
         return at
 
-    def _lines_of(self, make: Callable[..., _Pair], sizes: tuple[int, ...], *rest: object) -> list[Line]:
-        key = make, sizes, rest
-        lines = self._lines.get(key)
+    def _lines_of(self, *family: Any) -> list[Line]:
+        lines = self._lines.get(family)
         if lines is None:
-            pairs = self._features.get(key)
-            if pairs is None:
-                if len(self._features) >= _MOST_LISTS:
-                    self._features.clear()
-                pairs = self._features[key] = make(sizes, *rest)
-            lines = self._lines[key] = self._model.lines(*pairs)
+            lines = self._lines[family] = self._model.lines(*self._made(family))
         return lines
+
+    def _least(self, x: float, *family: Any) -> float:
+        """Mean seconds of the last of a family's sizes, which is the smallest, where it grows to `x`."""
+        lines = self._lines.get(family)
+        if lines is not None:
+            return lines[-1][0] + x * lines[-1][1]
+        fixed, slope = self._made(family)
+        mean = self._model.mean
+        return mean(fixed if isinstance(fixed, int) else fixed[-1]) + x * mean(
+            slope if isinstance(slope, int) else slope[-1]
+        )
+
+    def _made(self, family: _Family) -> _Pair:
+        features = self._features.get(family)
+        if features is None:
+            if len(self._features) >= _MOST_LISTS:
+                self._features.clear()
+            make, *arguments = family
+            features = self._features[family] = make(*arguments)
+        return features
 
     def _at(self, line: Line, x: float) -> Cost:
         mean0, mean1, var0, var1, var2 = line
         mean = mean0 + x * mean1
         variance = var0 + x * (var1 + x * var2)
         return mean, self._boost * mean + (sqrt(variance) if variance > 0.0 else 0.0)
-
-
-def most(todo: int, left: float, seconds: Callable[[int], float]) -> int:
-    """How many of `todo` layers or sub-steps fit in `left` seconds; 0 if not even one does. `seconds(n)` of n of them
-    must not fall with n."""
-    one = seconds(1)
-    if one > left:
-        return 0
-    if todo == 1:
-        return 1
-    every = seconds(todo)
-    if every <= left:
-        return todo
-    # Nearly a straight line (an upper estimate is a linear mean plus a norm): a few steps from the chord, if any.
-    found = max(1, min(todo - 1, 1 + int((left - one) / ((every - one) / (todo - 1)))))
-    while found > 1 and seconds(found) > left:
-        found -= 1
-    while found < todo - 1 and seconds(found + 1) <= left:
-        found += 1
-    return found
 
 
 def _kind(load: ForwardLoad) -> str:

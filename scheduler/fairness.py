@@ -109,6 +109,11 @@ class FairShare:
         """Who has been served so much goes before whoever has a larger one, and is level with those of the same."""
         return served // self._step if self._step else served
 
+    def turns(self, served: Mapping[str, float]) -> Mapping[str, float]:
+        """The turn of each tenant, by what it has been served."""
+        step = self._step
+        return {tenant: seconds // step for tenant, seconds in served.items()} if step else served
+
     def charge(self, seconds: Mapping[str, float]) -> None:
         """Device seconds by tenant, of those that are there; what an iteration outside of plans took (a calibration)
         is nobody's."""

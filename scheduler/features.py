@@ -49,8 +49,6 @@ SLICE = BACKWARD + len(UNIT_KNOTS) + 3  # a forward unit; then, times its share 
 # attention products / 1e6, rows times adapter sizes / 128
 SIZE = SLICE + 1 + len(UNIT_KNOTS) + 2
 
-_ROW_LOW, _ROW_WIDTH = np.array(ROW_KNOTS[:-1]), np.diff(ROW_KNOTS)  # of the buckets of packed rows
-
 Kind = tuple[int | None, float]  # of a unit: its layer's attention window, size of the adapters that a row passes
 
 
@@ -173,28 +171,6 @@ def _forward(load: ForwardLoad) -> list[float]:
 
 def overhead_vector() -> Vector:
     return _unit_vector(OVERHEAD)
-
-
-def ride_lines(load: ForwardLoad, sizes: Sequence[int], jobs: int, adapters: tuple[float, float]) -> tuple[Matrix, int]:
-    """As `base_vector`, once for each of `sizes` rows of a sweep of `jobs` jobs that ride along: (what does not depend
-    on their attention products, a million of those). `adapters`: as `Traits.adapters` says."""
-    whole, passed = adapters
-    rows = np.array(sizes)
-    fixed = np.empty((len(sizes), SIZE))
-    fixed[:] = _forward(load.with_ridden(1, 0, jobs, whole))
-    # The entries that differ from size to size.
-    fixed[:, ROWS:LOGITS] = _row_buckets(load.rows + rows)
-    fixed[:, RIDE + 1] = (load.ride_rows + rows) / 128.0
-    fixed[:, ADAPTERS + 2] = (load.adapter_rows + rows * passed) / 128.0
-    fixed[:, OVERHEAD] = 1.0
-    return fixed, RIDE + 2
-
-
-def _row_buckets(rows: NDArray[np.int64]) -> Matrix:
-    """As `buckets`, of packed rows: one line for each of `rows`."""
-    fills = np.maximum((rows[:, None] - _ROW_LOW) / _ROW_WIDTH, 0.0)
-    np.minimum(fills[:, :-1], 1.0, out=fills[:, :-1])
-    return fills
 
 
 def head_lines(sizes: Sequence[int]) -> tuple[int, Matrix]:

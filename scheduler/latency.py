@@ -74,6 +74,14 @@ class LatencyModel:
         variance = float(x @ self._covariance @ x)
         return float(x @ self._theta), sqrt(variance) if variance > 0.0 else 0.0
 
+    def mean(self, x: Vector | int) -> float:
+        """Mean seconds of one vector, or of an entry that is 1."""
+        return float(self._theta[x] if isinstance(x, int) else x @ self._theta)
+
+    def prices(self, first: int, last: int) -> list[float]:
+        """Mean seconds of one of each entry from `first` to the one before `last`."""
+        return self._theta[first:last].tolist()
+
     def means(self, x: Vector | Matrix) -> Vector:
         """Mean seconds of one vector, or of each of n."""
         return np.asarray(x @ self._theta)

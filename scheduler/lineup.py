@@ -47,18 +47,19 @@ class Lineup:
         (first, batch), (queues, batch_queues) = self._running, self._queues
         weights, now = self._weights, state.now
         for r in state.requests:
-            batched = r.slo_class == "batch" and (not late or r.arrived > late.get(r.tenant, -1.0))
+            tenant = r.tenant
+            batched = r.slo_class == "batch" and (not late or r.arrived > late.get(tenant, -1.0))
             if r.running:
                 (batch if batched else first).append(r)
-                weights[r.tenant] = r.weight
+                weights[tenant] = r.weight
                 if r.total_tokens - r.computed_tokens == 1 and r.output_tokens:  # `decoding`, where calls count
                     continue
             if batched:
                 if r.ttft_deadline <= now:
-                    seen[r.tenant] = r.arrived
-                batch_queues[r.tenant].append(r)
+                    seen[tenant] = r.arrived
+                batch_queues[tenant].append(r)
             else:
-                queues[r.tenant].append(r)
+                queues[tenant].append(r)
 
     @cached_property
     def tenants(self) -> dict[str, float]:
@@ -93,8 +94,8 @@ class Lineup:
         share, now = self._share, self._now
         served = share.served_of(queues)
         later = defaultdict(list)
-        for tenant, level in served.items():
-            later[share.turn(level)].append(tenant)
+        for tenant, turn in share.turns(served).items():
+            later[turn].append(tenant)
         turns = sorted(later, reverse=True)
         heap: list[tuple[float, bool, float, float, str]] = []
         orders: dict[str, list[RequestState]] = {}  # what is left of queues that had a turn, the next one last
@@ -103,7 +104,7 @@ class Lineup:
             while turns and (not heap or turns[-1] <= heap[0][0]):
                 turn = turns.pop()
                 for tenant in later[turn]:
-                    head = min(queues[tenant], key=_DUE)
+                    head = _due_next(queues[tenant])
                     heap.append((turn, head.ttft_deadline <= now, head.ttft_deadline, head.arrived, tenant))
                 heapify(heap)
             tenant = heap[0][-1]
@@ -122,3 +123,13 @@ class Lineup:
                 heapreplace(heap, (turn, head.ttft_deadline <= now, head.ttft_deadline, head.arrived, tenant))
             else:
                 heappop(heap)
+
+
+def _due_next(queue: list[RequestState]) -> RequestState:
+    """Of equals the first. Written out: every plan asks this of most queues, and `min` takes three times as long."""
+    head = queue[0]
+    due = head.ttft_deadline
+    for r in queue:
+        if r.ttft_deadline < due:
+            head, due = r, r.ttft_deadline
+    return head

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from coserve.scheduler.state import BackwardUnit, ForwardUnit, HeadUnit, Ride, SweepState, Unit
+from coserve.scheduler.traits import Traits
 
 PRIORITIES = ("normal", "low")
+Stand = tuple[object, ...]
 
 
 class SweepProgress:
@@ -157,3 +159,14 @@ def priority_of(sweep: SweepState) -> str:
     if len(jobs) == 1:  # every plan asks this of every sweep, and most have one
         return "low" if jobs[0].priority == "low" else "normal"
     return "low" if jobs and all(job.priority == "low" for job in jobs) else "normal"
+
+
+def stand(sweep: SweepProgress, traits: Traits) -> Stand:
+    """Whatever the cost of a sweep's next unit depends on: what is refused one is refused all that stand there."""
+    state = sweep.state
+    return (
+        state.layers, state.window, state.stream_tokens, len(state.jobs), traits.adapters(state), state.head_steps,
+        traits.window(sweep.backward_layer) or 0, sweep.forward_tokens,
+        sweep.partial_tokens, sweep.partial_layer, sweep.ridden, sweep.sliced, sweep.head_ready, sweep.head_left,
+        sweep.head_partial_rows, sweep.head_partial_steps, sweep.backward_tokens,
+    )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from coserve.scheduler.state import RequestState, SchedulerState
 
@@ -113,10 +114,12 @@ def wanted_adapters(
     in_use: Iterable[str], ahead: Iterable[RequestState], others: Iterable[RequestState], most: int
 ) -> tuple[str, ...]:
     """Adapters that ought to be on the device, at most `most`: those in use first, then those of `ahead`."""
-    wanted = dict.fromkeys(in_use)
+    wanted: dict[Any, None] = {None: None, **dict.fromkeys(in_use)}  # None: of the base model
     for r in chain(ahead, others):
-        if r.adapter is not None and r.adapter not in wanted:
-            if len(wanted) >= most:
+        adapter = r.adapter
+        if adapter not in wanted:
+            if len(wanted) > most:
                 break
-            wanted[r.adapter] = None
+            wanted[adapter] = None
+    del wanted[None]
     return tuple(wanted)[:most]

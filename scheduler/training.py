@@ -27,15 +27,15 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from coserve.scheduler.config import SchedulerConfig
-from coserve.scheduler.costs import Cost, Costs, most
+from coserve.scheduler.costs import Cost, Costs
 from coserve.scheduler.cuts import Cuts
 from coserve.scheduler.features import ForwardLoad
 from coserve.scheduler.floor import Floor
-from coserve.scheduler.progress import PRIORITIES, SweepProgress, SweepQueue
+from coserve.scheduler.progress import PRIORITIES, Stand, SweepProgress, SweepQueue, stand
+from coserve.scheduler.search import how_many
 from coserve.scheduler.state import Ride, SweepState, Unit
 from coserve.scheduler.traits import Traits
 
-Stand = tuple[float, ...]
 _WORTHWHILE = 0.125  # of an iteration: smaller pieces would crowd prompts out of more iterations than whole ones break
 _MOST_REFUSED = 8  # sweeps that stand elsewhere and find no room: what is left is too little to ask all jobs
 
@@ -197,41 +197,48 @@ class TrainingPolicy:
     def _fill_beside(self, order: Iterable[SweepProgress], plan: TrainingPlan, budget: float, costs: Costs) -> None:
         for sweep in order:
             # What does not fit now fits less later, unless a ride changes what others cost.
-            if plan.refused and _stand(sweep, plan.traits) in plan.refused:
+            if plan.refused and stand(sweep, plan.traits) in plan.refused:
                 continue
-            while True:
-                full = plan.upper >= budget or len(plan.units) >= self._config.max_units
-                if full or len(plan.refused) >= _MOST_REFUSED:
+            while not sweep.done:
+                most = self._config.max_units - len(plan.units)
+                if plan.upper >= budget or most <= 0 or len(plan.refused) >= _MOST_REFUSED:
                     return
-                if sweep.done:
-                    break
-                if not self._add_beside(sweep, plan, budget, costs):
-                    plan.refused.add(_stand(sweep, plan.traits))
+                if not self._add_beside(sweep, plan, budget, costs, most=most):
+                    plan.refused.add(stand(sweep, plan.traits))
                     break
 
     def _add_beside(
-        self, sweep: SweepProgress, plan: TrainingPlan, budget: float, costs: Costs, mean_only: bool = False
-    ) -> bool:
-        """Add the best unit of the sweep that fits; False if none does. `mean_only`: hold means, not upper estimates,
-        against what is left."""
+        self, sweep: SweepProgress, plan: TrainingPlan, budget: float, costs: Costs, mean_only: bool = False,
+        most: int = 1,
+    ) -> bool:  # fmt: skip
+        """Add the best unit of the sweep that fits, and of backward units up to `most`; False if one does not.
+        `mean_only`: hold means, not upper estimates, against what is left."""
         which = 0 if mean_only else 1
-        left = budget - plan.upper
-        whole = sweep.next_backward()
-        if whole:
-            unit = costs.largest_backward(sweep, self._cuts.fine(whole), left, which)
-            if unit is not None:
-                plan.add_unit(sweep.backward(unit[0]), unit[1])
-            return unit is not None
-        rows = sweep.next_head(self._config.head_rows)
+        if sweep.next_backward():
+            return self._add_backwards(sweep, plan, budget, which, costs, most)
+        left, rows = budget - plan.upper, sweep.next_head(self._config.head_rows)
         if not sweep.forward_done and self._add_forward(sweep, plan, left, which, costs):
             return True
         return rows > 0 and self._add_head(sweep, rows, plan, left, which, costs)
+
+    def _add_backwards(
+        self, sweep: SweepProgress, plan: TrainingPlan, budget: float, which: int, costs: Costs, most: int
+    ) -> bool:
+        """Backward units, of which an iteration holds dozens."""
+        fine, largest = self._cuts.fine, costs.largest_backward
+        while most > 0 and (whole := sweep.next_backward()):
+            unit = largest(sweep, fine(whole), budget - plan.upper, which)
+            if unit is None:
+                return False
+            plan.add_unit(sweep.backward(unit[0]), unit[1])
+            most -= 1
+        return True
 
     def _add_head(
         self, sweep: SweepProgress, rows: int, plan: TrainingPlan, left: float, which: int, costs: Costs
     ) -> bool:
         """As many sub-steps of a batch of `rows` rows as fit."""
-        steps = most(sweep.head_steps_left, left, lambda n: self._head_cost(sweep, rows, n, costs)[which])
+        steps = how_many(sweep.head_steps_left, left, lambda n: self._head_cost(sweep, rows, n, costs)[which])
         if steps:
             cost = self._head_cost(sweep, rows, steps, costs)
             plan.add_unit(sweep.head(rows, steps), cost)
@@ -283,14 +290,3 @@ def _repeat(made: TrainingPlan, sweep: SweepProgress, plan: TrainingPlan, costs:
         plan.add_ride(sweep, ride.tokens, costs.ride(plan.load, sweep.state, sweep.forward_tokens, ride.tokens))
     for unit in made.units:
         plan.add_unit(sweep.again(unit), (made.mean - made.base[0], made.upper - made.base[1]))
-
-
-def _stand(sweep: SweepProgress, traits: Traits) -> Stand:
-    """Whatever the cost of a sweep's next unit depends on."""
-    state = sweep.state
-    return (
-        state.layers, state.window, state.stream_tokens, len(state.jobs), *traits.adapters(state), state.head_steps,
-        traits.window(sweep.backward_layer) or 0, sweep.forward_tokens,
-        sweep.partial_tokens, sweep.partial_layer, sweep.ridden, sweep.sliced, sweep.head_ready, sweep.head_left,
-        sweep.head_partial_rows, sweep.head_partial_steps, sweep.backward_tokens,
-    )  # fmt: skip

@@ -7,7 +7,7 @@ import random
 from scheduler_world import Stream, World
 
 from coserve.scheduler import Scheduler, SchedulerConfig
-from coserve.scheduler.chunks import largest
+from coserve.scheduler.search import largest
 from coserve.scheduler.simulation import Report, Setup, cards, report, simulate
 from coserve.scheduler.simulation.workloads import ClosedLoop, Lengths
 from coserve.scheduler.state import Plan

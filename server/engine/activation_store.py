@@ -52,7 +52,7 @@ class ActivationStore:
     """Of one sweep of `rows` rows, in the blocks that `StoreLayout.blocks` says."""
 
     def __init__(self, layout: StoreLayout, cache: KVCache, blocks: Sequence[int], rows: int, save: bool) -> None:
-        self._layout, self._cache, self._save = layout, cache, save
+        self._layout, self._cache = layout, cache
         always = layout.blocks(rows, False)
         self._pages = RowPages(cache, layout.always, blocks[:always], rows)
         self._saved = RowPages(cache, layout.saved, blocks[always:], rows) if save else None

@@ -98,7 +98,10 @@ class Runner:
             self._cores.adjust()
         outcome, watch = Outcome(), Stopwatch(self.model.device)
         shapes = self._graphs.shapes if self._graphs is not None else 0
-        loads = [Load(plan.decodes, plan.prefills, plan.rides)]
+        # A sweep whose memory could not be put in place is gone before its rows run.
+        rides = tuple(ride for ride in plan.rides if ride.sweep_id in sweeps)
+        outcome.disturbed = len(rides) < len(plan.rides) or any(unit.sweep_id not in sweeps for unit in plan.units)
+        loads = [Load(plan.decodes, plan.prefills, rides)]
         while loads:
             loads[:1] = self._forward_or_relief(loads[0], sweeps, outcome)
         watch.mark("forward")
@@ -106,7 +109,7 @@ class Runner:
             if index and not self.ahead and self._asked():
                 break  # a prompt need not wait for what can as well run after it
             outcome.units += 1
-            if unit.sweep_id not in outcome.lost:
+            if unit.sweep_id in sweeps and unit.sweep_id not in outcome.lost:
                 self._unit_or_loss(unit, sweeps[unit.sweep_id], outcome)
             watch.mark(index)
         outcome.captured = self._graphs is not None and self._graphs.shapes > shapes

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from stepped_engine import DIGEST, SteppedEngine
 from tiny_models import save_tiny_model
 
+from coserve.server.engine.activation_store import ActivationStore
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -106,3 +108,18 @@ def test_a_disk_without_room_costs_the_step_and_not_the_streams(tmp_path, oracle
     assert trained(engine)
     lines = (tmp_path / "e" / "jobs" / "job" / "events.jsonl").read_text().splitlines()
     assert any(json.loads(line)["kind"] == "warning" for line in lines), "the step began anew, and the job says so"
+
+
+def test_memory_that_runs_out_when_a_step_gets_its_blocks_costs_the_step(tmp_path, monkeypatch):
+    """Its units are in the same plan, and have nothing to run on."""
+    place, faults = ActivationStore.__init__, [1]
+
+    def first_fails(self, *arguments) -> None:
+        if faults:
+            faults.pop()
+            raise MemoryError
+        place(self, *arguments)
+
+    monkeypatch.setattr(ActivationStore, "__init__", first_fails)
+    engine = engine_with_a_step(tmp_path / "e", {"a": 20}, "recompute", 3)
+    assert not faults and trained(engine) and len(engine.tokens("a")) == 20

@@ -34,6 +34,7 @@ _CROWDED_LOOKS = 3  # … at so many looks in a row: an optimizer step on its si
 _FREE = 0.08  # the same, on average over a calm time; training beside idle cores has 0.03, one busy process makes 0.3
 _CALM_SECONDS = 1.0  # free for so long before the threads spin again …
 _MOST_CALM_SECONDS = 60.0  # … and up to so long where that soon went wrong
+_BEHIND = 5  # niceness; a quarter of a core beside one of the loop's threads (sched(7): 1.25 a step)
 _PARALLEL_ELEMENTS = 32768  # torch runs an elementwise operation of more elements than this a thread in parallel
 
 
@@ -140,6 +141,14 @@ def work_alone() -> None:
     """
     if sys.platform == "linux" and not torch.cuda.is_available():
         _set_team_size(1)
+
+
+def work_behind() -> None:
+    """As `work_alone`, and when the cores are all wanted the loop's threads go first: opening a job or an optimizer
+    step makes no decode step wait. On Linux, where niceness is a thread's own."""
+    work_alone()
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BEHIND)
 
 
 class _IdleTeam:

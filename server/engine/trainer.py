@@ -20,7 +20,7 @@ from coserve.scheduler.state import Plan, SweepJob, SweepState
 from coserve.server.engine.adapter_pool import AdapterPool
 from coserve.server.engine.containment import attempt
 from coserve.server.engine.copies import TrainingCopies
-from coserve.server.engine.cores import work_alone
+from coserve.server.engine.cores import work_behind
 from coserve.server.engine.job_forecasts import works
 from coserve.server.engine.live_sweeps import LiveSweeps
 from coserve.server.engine.model import BaseModel
@@ -53,7 +53,7 @@ class Trainer:
         self._base_digest, self._base_name = base_digest, base_name
         self._jobs: dict[str, RunningJob] = {}
         self._events: SimpleQueue[JobEvent] = SimpleQueue()
-        self._side = ThreadPoolExecutor(1, thread_name_prefix="coserve-training", initializer=work_alone)
+        self._side = ThreadPoolExecutor(1, thread_name_prefix="coserve-training", initializer=work_behind)
         self.live = live  # to be read, not changed
         self._copies = TrainingCopies(pool, shares)
         self._rest, self._rest_until = _FIRST_REST, 0.0

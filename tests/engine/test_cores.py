@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 
 import pytest
 import torch
 
-from coserve.server.engine.cores import CoreSharing, ThreadTime, read_thread_time, work_alone
+from coserve.server.engine.cores import CoreSharing, ThreadTime, read_thread_time, work_alone, work_behind
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +134,19 @@ def test_a_side_thread_works_alone_and_leaves_the_others_their_teams():
     (size, threads) = seen[0]
     assert size == 1 and torch.get_num_threads() == 2
     assert threads == {str(thread.native_id)}, "the side thread has started a team"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="niceness is the process's elsewhere")
+def test_side_threads_of_training_go_behind_the_loop_alone():
+    seen = []
+
+    def side() -> None:
+        work_behind()
+        seen.append((torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    thread = threading.Thread(target=side)
+    thread.start()
+    thread.join()
+    assert seen == [(1, 5)]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+
 import pytest
 import torch
 
@@ -134,3 +137,20 @@ def test_slots_outside_the_table_are_refused():
     assert sequence.slots(3, 6) == [31, 8, 9]
     with pytest.raises(IndexError, match="8 slots"):
         sequence.slots(5, 9)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the kernel does not say what is resident")
+def test_the_first_write_of_a_row_takes_small_pages():
+    """Huge ones have to be cleared: 2 MiB for keys and for values of every layer, in an iteration that streams."""
+    cache = KVCache([LayerShape(2, 64, 64)] * 16, 1024, 16, torch.float32)  # 16 MiB a layer
+    slot, row = torch.tensor([5000]), torch.ones(1, 2, 64)
+    cache.write(0, slot, row, row)
+    before = _resident_bytes()
+    for layer in range(1, 16):
+        cache.write(layer, slot, row, row)
+    assert _resident_bytes() - before < 15 * 2 * 2**20 / 8
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as line:
+        return int(line.read().split()[1]) * mmap.PAGESIZE

@@ -37,7 +37,7 @@ from coserve.scheduler.state import Ride, SweepState, Unit
 from coserve.scheduler.traits import Traits
 
 _WORTHWHILE = 0.125  # of an iteration: smaller pieces would crowd prompts out of more iterations than whole ones break
-_MOST_REFUSED = 8  # sweeps that stand elsewhere and find no room: what is left is too little to ask all jobs
+_MOST_REFUSED = 4  # sweeps that stand elsewhere and find no room: what is left is too little to ask all jobs
 
 
 @dataclass(slots=True)

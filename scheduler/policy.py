@@ -32,7 +32,7 @@ from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
-from coserve.scheduler.admission import AdmissionPolicy
+from coserve.scheduler.admission import Admission, AdmissionPolicy
 from coserve.scheduler.budget import iteration_budget
 from coserve.scheduler.chunks import ChunkPolicy, cut, first_token_slack, with_chunks
 from coserve.scheduler.config import SchedulerConfig
@@ -46,7 +46,7 @@ from coserve.scheduler.forecast import JobForecast, JobWork, forecast
 from coserve.scheduler.latency import LatencyModel
 from coserve.scheduler.lineup import Lineup
 from coserve.scheduler.margin import Errors
-from coserve.scheduler.memory import MemoryPolicy, copies, runnable, waits
+from coserve.scheduler.memory import MemoryPolicy, Moves, copies, runnable, waits
 from coserve.scheduler.outputs import Outputs
 from coserve.scheduler.plan_features import plan_features, served_requests
 from coserve.scheduler.queue import QueueClock, Queued
@@ -143,19 +143,8 @@ class Scheduler:
         """`share` has met the state. The policies that remember something are copied first: they replace it."""
         costs = self._costs
         costs.begin()
-        crowd = self._crowd(lineup, share)
-        policy, memory = copy(self._admission), copy(self.memory)
-        standing = memory.look(state)
-        stock = standing.without_giving if expired.release else standing.stock
-        admission = policy.decide(state, share, lineup, crowd, stock, expired.release)
-        if expired.release:
-            moves = memory.keep(state)
-        elif memory.lets_end(state, standing, admission, self.model):
-            policy = copy(self._admission)
-            admission = policy.decide(state, share, lineup, crowd, standing.without_giving)
-            moves = memory.keep(state)
-        else:
-            moves = memory.decide(state, standing, admission, policy.behind(state), share)
+        memory = copy(self.memory)
+        policy, admission, moves = self._admit(state, expired, share, lineup, memory)
         budget = iteration_budget(self.config, state.now, admission.decodes, lineup.expects)
         adapters = adapters_of(admission.decodes)
         decodes = decode_load(admission.decodes, adapters, self.traits)
@@ -195,6 +184,22 @@ class Scheduler:
         admitted = sum(not c.request.running for c, _ in chunks)
         boost = self.model.margins.boost
         return Draft(plan, state, slack, boost, policy, memory, admitted, admission.waiting > admitted)
+
+    def _admit(
+        self, state: SchedulerState, expired: Expired, share: FairShare, lineup: Lineup, memory: MemoryPolicy
+    ) -> tuple[AdmissionPolicy, Admission, Moves]:
+        """Who may run and what gives its memory for that; first the copy of our policy that decided it."""
+        crowd, policy = self._crowd(lineup, share), copy(self._admission)
+        standing = memory.look(state)
+        stock = standing.without_giving if expired.release else standing.stock
+        admission = policy.decide(state, share, lineup, crowd, stock, expired.release)
+        if expired.release:
+            return policy, admission, memory.keep(state)
+        if memory.lets_end(state, standing, admission, self.model):
+            policy = copy(self._admission)
+            admission = policy.decide(state, share, lineup, crowd, standing.without_giving)
+            return policy, admission, memory.keep(state)
+        return policy, admission, memory.decide(state, standing, admission, policy.behind(state), share)
 
     def shortened(self, plan: Plan, state: SchedulerState, units: int) -> Plan:
         """`plan` with its first `units` training units only, which is what ran of it."""

@@ -178,9 +178,11 @@ class ActivationStore:
             pages.write(layer, name, 0, values)
 
 
-def private_store(model: BaseModel, rows: int, save: bool) -> ActivationStore:
-    """One in memory of its own, for a sweep outside of an engine."""
-    layers = layer_shapes(model)
+def private_store(
+    model: BaseModel, rows: int, save: bool, layers: Sequence[LayerShape] | None = None
+) -> ActivationStore:
+    """One in memory of its own, for a sweep outside of an engine. `layers`: the model's shapes, if they are known."""
+    layers = layer_shapes(model) if layers is None else layers
     layout = StoreLayout(model, layers, 16)
     count = layout.blocks(rows, save)
     cache = KVCache(layers, max(1, count), 16, model.dtype, model.device)

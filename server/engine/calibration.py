@@ -32,6 +32,7 @@ from coserve.server.engine.packing import sweep_state
 from coserve.server.engine.pooled_adapter import PooledAdapter, pool_of
 from coserve.server.engine.requests import Request, RequestBook
 from coserve.server.engine.runner import YIELDED, Runner
+from coserve.server.engine.shapes import layer_shapes
 from coserve.server.engine.sweep import Sweep
 from coserve.server.training.fault import OUT_OF_MEMORY
 from coserve.server.training.peft.lora import LoraPair
@@ -63,6 +64,7 @@ class Calibration:
     ) -> None:
         """`usual_pages`: of the engine's pool, that the adapter in training here would take."""
         self._model, self._runner, self._requests = model, runner, requests
+        self._layers = layer_shapes(model)
         self._job = SweepJob("calibration", "", 1.0, "normal", adapter_pages=usual_pages)
         self._context = max(2, min(_CONTEXT, max_model_len - 16))
         self._rng = np.random.default_rng(0)
@@ -118,7 +120,7 @@ class Calibration:
         for ride in (True, False):
             sweep = Sweep([TrainSequence(step, ids, ids)], layers=self._model.layer_count, dtype=self._model.dtype,
                           device=self._model.device, save=True)  # fmt: skip
-            sweep.place(private_store(self._model, rows, save=True))
+            sweep.place(private_store(self._model, rows, True, self._layers))
             if ride:
                 self._run(Plan(rides=(Ride(0, rows),)), {0: sweep})
                 continue

@@ -61,7 +61,7 @@ class LiveSweeps:
                 rows += _rows(running)
         return group
 
-    def start(self, group: Sequence[RunningJob]) -> int:
+    def start(self, group: Sequence[RunningJob]) -> None:
         """A sweep of the next part of each job's step, which waits to be placed; nothing has changed if that raises."""
         sequences = [sequence for running in group for sequence in running.waiting[0]]
         backward = all(running.batch is None or running.batch.kind == "train" for running in group)
@@ -76,7 +76,6 @@ class LiveSweeps:
         for running in group:
             del running.waiting[0]
             running.sweeps += 1
-        return sweep_id
 
     def _saves(self, group: Sequence[RunningJob]) -> bool:
         """Whether frozen products are kept, too: where they fit, unless they are never to be."""

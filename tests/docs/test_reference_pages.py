@@ -25,18 +25,12 @@ from coserve.server.engine.probe import probe
 from coserve.server.gateway.job_spec import ADAPTER_DEFAULTS, DEFAULT_LEARNING_RATE, TRAINING_DEFAULTS
 from coserve.server.telemetry.catalogue import ENGINE_COUNTERS, ENGINE_GAUGES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 TOPS = ("server", "scheduler", "kernels", "tests", "benchmarks", "docs", "src", "requirements")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def table(page: str, heading: str, number: int = 0) -> list[list[str]]:

@@ -6,7 +6,6 @@ import re
 import shutil
 
 import pytest
-import torch
 from peft_oracle import assert_greedy_equal, oracle_model, prompt, save_adapter
 from stepped_engine import SteppedEngine
 from tiny_models import save_tiny_model
@@ -22,13 +21,7 @@ from coserve.server.wire.messages import (
     PinAdapters,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def outcome(engine: SteppedEngine, request_id: str) -> Failed | None:

@@ -6,19 +6,12 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch
 from peft_oracle import prompt
 from stepped_engine import SteppedEngine
 
 from coserve.server.wire.messages import Abort, Failed
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def hurry(engine: SteppedEngine, *names: str) -> None:

@@ -17,17 +17,11 @@ from coserve.server.engine.shapes import layer_windows
 from coserve.server.engine.start import _kv_cache, _pool, build_engine
 from coserve.server.wire.lifeline import Heartbeat
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Asked(Exception):
     """Ends the start where the scheduler would be made."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def asked_for(tmp_path, architecture: str, environ: dict[str, str]) -> SchedulerConfig:

@@ -9,16 +9,10 @@ import torch
 from float64 import float64_throughout
 from gradient_oracle import PeftOracle, engine_model, new_step, new_sweep, random_rows, run_sweep, worst_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "phi3", "granite", "cohere"]
 LENGTHS = [23, 1, 2, 70, 9]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def check(architecture, dtype, bound, *, windows, save, layers=None, head=16, lengths=LENGTHS):

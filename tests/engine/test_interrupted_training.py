@@ -16,13 +16,7 @@ from stepped_engine import DIGEST, SteppedEngine
 from coserve.server.wire.messages import Abort, Generate, SamplingParams
 from coserve.server.wire.sync import EngineSocket
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_job(folder: Path, asked) -> tuple[SteppedEngine, dict[str, torch.Tensor], list[dict]]:

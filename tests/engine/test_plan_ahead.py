@@ -13,16 +13,10 @@ from safetensors.torch import load_file
 from stepped_engine import DIGEST, SteppedEngine
 from tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = {"a": 40, "b": 23, "c": 31, "left": 17, "stops": 12, "late": 50}  # prompt tokens
 MOST = {"a": 100, "b": 25, "c": 90, "left": 60, "stops": 60, "late": 30}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

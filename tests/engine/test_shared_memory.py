@@ -15,13 +15,7 @@ from tiny_models import save_tiny_model
 
 from coserve.server.engine.activation_store import ActivationStore
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +77,7 @@ def test_streams_take_a_steps_memory_and_it_comes_back_to_the_same_weights(tmp_p
         assert len(beside.tokens(name)) == most
     want, got = trained(alone), trained(beside)
     assert all(torch.allclose(got[name], want[name], rtol=1e-3, atol=1e-5) for name in want)
-    assert not list((tmp_path / "beside" / "tmp").iterdir()) if (tmp_path / "beside" / "tmp").exists() else True
+    assert not [*(tmp_path / "beside").glob("tmp/*")], "a parked step's file is left"
 
 
 def test_a_row_that_no_memory_holds_fails_its_job_with_the_remedy(tmp_path):

@@ -31,16 +31,10 @@ from coserve.server.engine.shares import Shares
 from coserve.server.engine.trainer import Trainer
 from coserve.server.training.fault import OUT_OF_MEMORY, Fault
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DIGEST = "b" * 64
 MEMORY = Fault(OUT_OF_MEMORY, "the server's memory ran out")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Driver:

@@ -4,8 +4,9 @@ It may assume that candidates come in the order in which they run. It never plan
 none but what is owed its floor: otherwise prompts come first.
 
 The candidates' tokens count together, so several prompts share an iteration, the last of them cut where the budget
-ends. Without running streams nothing needs protection and the chunk is as large as it may be. When nothing fits,
-`min_chunk` tokens run all the same if a first token would otherwise be late, a candidate's or that of a prompt behind.
+ends. A prompt that is alone is cut into as many chunks, but equal ones: fewer iterations are filled to the brim.
+Without running streams nothing needs protection and the chunk is as large as it may be. When nothing fits, `min_chunk`
+tokens run all the same if a first token would otherwise be late, a candidate's or that of a prompt behind.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ class ChunkPolicy:
             return seconds(with_chunks(beside, candidates, tokens, adapters, self._traits))
 
         found = largest(total, budget, cost)
+        if found and len(candidates) == 1:  # nobody else's tokens would fill the last chunk up
+            left = candidates[0].request.total_tokens - candidates[0].request.computed_tokens
+            return -(-left // -(-left // found))
         if found:
-            return -(-total // -(-total // found))  # in as many iterations, all of them alike: the fewest on the brim
+            return found
         least = min(self._config.min_chunk, total)
         each = cost(least)
         ahead = 0

@@ -170,6 +170,7 @@ class Scheduler:
             prefills=tuple([Prefill(c.request.request_id, n) for c, n in chunks]),
             rides=tuple(training.rides),
             units=tuple(training.units),
+            unit_starts=training.starts(budget) if decodes.rows else (),
             preempt=admission.preempt,
             park=moves.park,
             lean=moves.lean,
@@ -203,7 +204,7 @@ class Scheduler:
 
     def shortened(self, plan: Plan, state: SchedulerState, units: int) -> Plan:
         """`plan` with its first `units` training units only, which is what ran of it."""
-        short = replace(plan, units=plan.units[:units])
+        short = replace(plan, units=plan.units[:units], unit_starts=plan.unit_starts[:units])
         mean, upper = self.model.predict(plan_features(short, state, self.traits))
         short = replace(short, predicted_seconds=mean, upper_seconds=upper)
         if plan == self._planned:

@@ -168,6 +168,9 @@ class Plan:
     prefills: tuple[Prefill, ...] = ()
     rides: tuple[Ride, ...] = ()
     units: tuple[Unit, ...] = ()
+    # Seconds into the iteration after which a unit is left for a later one, because the iteration has become longer
+    # than foreseen; of the first units, the others never are. For runners that know the time between units.
+    unit_starts: tuple[float, ...] = ()
     preempt: tuple[str, ...] = ()  # requests that give all their blocks back before the forward
     park: tuple[int, ...] = ()  # sweeps whose activations go to the host and give all their blocks back
     lean: tuple[int, ...] = ()  # sweeps that keep no more than "recompute" does from here on, and give back the rest

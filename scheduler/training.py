@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
+from math import inf
 
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.costs import Cost, Costs
@@ -51,6 +52,8 @@ class TrainingPlan:
     upper: float
     rides: list[Ride] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # upper estimate of each unit
+    owed: int = 0  # of the units, the first ones: what the floor is due
     refused: set[Stand] = field(default_factory=set)  # no unit of a sweep that stands there fits any more
 
     @property
@@ -68,8 +71,13 @@ class TrainingPlan:
 
     def add_unit(self, unit: Unit, cost: Cost) -> None:
         self.units.append(unit)
+        self.seconds.append(cost[1])
         self.mean += cost[0]
         self.upper += cost[1]
+
+    def starts(self, budget: float) -> tuple[float, ...]:
+        """When each unit must have begun to end within `budget` seconds; what is owed runs in any case."""
+        return (*[inf] * self.owed, *[budget - seconds for seconds in self.seconds[self.owed :]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +134,7 @@ class TrainingPolicy:
                 _repeat(due.beside, owed, plan, costs)
             elif load.rows:  # over the budget: the largest unit that the debt covers, and nothing else
                 self._add_beside(owed, plan, plan.upper + due.seconds, costs, mean_only=True)
+            plan.owed = len(plan.units)
         queues = {p: SweepQueue(sweeps, p, owed) for p in PRIORITIES}
         if load.rows:
             self._fill_beside(chain(queues["normal"], queues["low"]), plan, budget, costs)
@@ -162,7 +171,7 @@ class TrainingPolicy:
     def _add_alone(self, sweep: SweepProgress, plan: TrainingPlan, budget: float, costs: Costs) -> bool:
         """Add the sweep's next unit; False if it does not fit, or is a second ride. The first always fits."""
         layers = sweep.state.layers
-        left = float("inf") if plan.empty else budget - plan.upper
+        left = inf if plan.empty else budget - plan.upper
         rows = sweep.next_head(self._config.head_rows)
         if rows and (sweep.head_partial_rows or not sweep.partial_tokens):
             steps = sweep.head_steps_left

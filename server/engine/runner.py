@@ -49,7 +49,7 @@ class Outcome:
     parts: dict[int | str, float] = field(default_factory=dict)  # seconds: "forward", and by index in plan.units
     failed: dict[str, Fault] = field(default_factory=dict)  # requests that end here
     lost: dict[int, Fault] = field(default_factory=dict)  # sweeps that hold nothing any more: their steps begin anew
-    units: int = 0  # of the plan, that were worked through before somebody asked
+    units: int = 0  # of the plan, that were worked through; the others were better left for later
     disturbed: bool = False  # something did not run as planned: the seconds say nothing of the plan
     captured: bool = False  # a graph was made on the way: neither do they
 
@@ -77,7 +77,8 @@ class Runner:
         asked: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         """`ahead`: None is as the device does, which on CUDA works on by itself. `asked`: whether a request has come
-        meanwhile: then the training units that have not begun are left to later iterations."""
+        meanwhile: then the training units that have not begun are left to later iterations. So they are, without
+        `ahead`, when the iteration is too late for them."""
         self.model, self._cache, self._cores = model, cache, cores
         self._requests, self._adapters, self._graphs = requests, adapters, graphs
         self.ahead = model.device.type == "cuda" if ahead is None else ahead
@@ -106,8 +107,8 @@ class Runner:
             loads[:1] = self._forward_or_relief(loads[0], sweeps, outcome)
         watch.mark("forward")
         for index, unit in enumerate(plan.units):
-            if index and not self.ahead and self._asked():
-                break  # a prompt need not wait for what can as well run after it
+            if not self.ahead and self._better_later(plan, index, watch):
+                break
             outcome.units += 1
             if unit.sweep_id in sweeps and unit.sweep_id not in outcome.lost:
                 self._unit_or_loss(unit, sweeps[unit.sweep_id], outcome)
@@ -115,6 +116,12 @@ class Runner:
         outcome.captured = self._graphs is not None and self._graphs.shapes > shapes
         rows = {request.id: count for pending in self._pending for request, count in pending.scheduled}
         return Flight(plan, rows, outcome, watch)
+
+    def _better_later(self, plan: Plan, index: int, watch: Stopwatch) -> bool:
+        """Whether a prompt has come, or streams would wait longer than they were promised, for units that can as well
+        run in the next iteration."""
+        late = index < len(plan.unit_starts) and watch.passed > plan.unit_starts[index]
+        return late or (index > 0 and self._asked())
 
     def finish(self, flight: Flight) -> Outcome:
         """Wait for what was launched and commit what ran to its requests. Raises as `launch` does."""

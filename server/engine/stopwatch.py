@@ -15,12 +15,17 @@ class Stopwatch:
     """One iteration."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._began = device, time.perf_counter()
         self._marks: list[tuple[int | str, float | torch.cuda.Event]] = [("", self._now())]
 
     def mark(self, part: int | str) -> None:
         """What was started since the last mark belongs to `part`."""
         self._marks.append((part, self._now()))
+
+    @property
+    def passed(self) -> float:
+        """Seconds since the start, of the host."""
+        return time.perf_counter() - self._began
 
     def parts(self) -> dict[int | str, float]:
         """Seconds of each part; waits until the device has come to the last mark."""

@@ -56,6 +56,30 @@ def test_a_chunk_fills_the_budget_with_several_prompts() -> None:
     assert any(len(plan.prefills) > 1 for plan, _ in chunks)
 
 
+def test_chunks_of_a_prompt_that_is_alone_are_alike() -> None:
+    world = World(noise=0.0, itl=0.25, blocks=400)
+    scheduler = Scheduler(SchedulerConfig(itl_seconds=0.25))
+
+    def step() -> Plan:
+        state = world.state()
+        plan = scheduler.plan(state)
+        scheduler.observe(plan, state, world.carry_out(plan))
+        return plan
+
+    for i in range(60):
+        if i % 5 == 0:
+            world.streams.append(Stream(f"w{i}", world.now, 40 + 10 * (i % 7), 12))
+        step()
+    world.streams.append(Stream("running", world.now, 20, 500))
+    step()
+    for i in range(4):
+        length = 300 + 37 * i
+        world.streams.append(Stream(f"alone{i}", world.now, length, 1, ttft=9.0))
+        chunks = [prefill.tokens for plan in (step() for _ in range(6)) for prefill in plan.prefills]
+        assert sum(chunks) == length and 2 <= len(chunks) <= 4
+        assert max(chunks) - min(chunks) <= 0.1 * max(chunks), chunks
+
+
 def served(streams: int, promise: float) -> Report:
     clients = ClosedLoop(streams, 0, Lengths(64, 64, 0.3), ttft=20.0 * promise)
     setup = Setup(CARD, itl=promise, ttft=20.0 * promise)

@@ -48,7 +48,7 @@ def late(iterations: list[Iteration]) -> float:
 def test_prompts_without_end_leave_the_floor_its_place_inside_the_promise(steps: float, priority: str) -> None:
     ledger = run(steps, 12, Lengths(400, 24, 0.3), priority=priority)
     training, others = beside(ledger)
-    assert 0.95 * SHARE < trained(ledger) < 1.3 * SHARE
+    assert 0.93 * SHARE < trained(ledger) < 1.3 * SHARE
     assert late(training) < late(others) + 0.05
     assert all(i.upper <= i.budget + 1e-9 for i in training)
     without = run(steps, 12, Lengths(400, 24, 0.3), share=0.0)

@@ -49,7 +49,7 @@ def test_prompts_without_end_leave_the_floor_its_place_inside_the_promise(steps:
     ledger = run(steps, 12, Lengths(400, 24, 0.3), priority=priority)
     training, others = beside(ledger)
     assert 0.93 * SHARE < trained(ledger) < 1.3 * SHARE
-    assert late(training) < late(others) + 0.05
+    assert late(training) < late(others) + 0.08  # of some thirty iterations
     assert all(i.upper <= i.budget + 1e-9 for i in training)
     without = run(steps, 12, Lengths(400, 24, 0.3), share=0.0)
     prompts = [sum(i.prefill for part in beside(one) for i in part) for one in (ledger, without)]

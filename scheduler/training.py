@@ -3,10 +3,11 @@
 It may assume that costs add up (the latency model's upper estimates do). It never delays a decode or a prompt: those
 are planned before it is asked.
 
-*Alone* (no request shares the iteration) every cut is a function of its sweep: rides and backward units of
-min(window, rows left) tokens, whole batches of `head_rows` label rows or what is left, at most one ride an iteration.
-Time decides only how many of them run. So training alone repeats bit for bit, whatever the machine's speed. What
-inference left unfinished is finished first.
+*Alone* (no request shares the iteration) every cut of rows is a function of its sweep: windows and backward units of
+min(window, rows left) tokens, batches of `head_rows` label rows or what is left, at most one ride an iteration. Time
+decides only how many of them run, and after which layer or sub-step a long one stops for a moment, so that a request
+that comes need not wait for all of it; neither changes a result. So training alone repeats bit for bit, whatever the
+machine's speed. What inference left unfinished is finished first.
 
 *Beside inference* a window may be cut to fit what is left: a ride to a power of two, other units to a multiple of 32,
 or 16 or 8; nothing below `min_window`. Forward work rides in the packed forward, where it costs only the difference, or
@@ -38,6 +39,7 @@ from coserve.scheduler.state import Ride, SweepState, Unit
 from coserve.scheduler.traits import Traits
 
 _WORTHWHILE = 0.125  # of an iteration: smaller pieces would crowd prompts out of more iterations than whole ones break
+_GRAIN = 0.25  # of the promise: units of training alone, where they can be so short; a request may come meanwhile
 _MOST_REFUSED = 4  # sweeps that stand elsewhere and find no room: what is left is too little to ask all jobs
 
 
@@ -170,29 +172,16 @@ class TrainingPolicy:
 
     def _add_alone(self, sweep: SweepProgress, plan: TrainingPlan, budget: float, costs: Costs) -> bool:
         """Add the sweep's next unit; False if it does not fit, or is a second ride. The first always fits."""
-        layers = sweep.state.layers
         left = inf if plan.empty else budget - plan.upper
         rows = sweep.next_head(self._config.head_rows)
         if rows and (sweep.head_partial_rows or not sweep.partial_tokens):
-            steps = sweep.head_steps_left
+            steps = self._grain(sweep.head_steps_left, lambda n: self._head_cost(sweep, rows, n, costs)[0])
             cost = self._head_cost(sweep, rows, steps, costs)
             if cost[1] > left:
                 return False
             plan.add_unit(sweep.head(rows, steps), cost)
-        elif sweep.partial_tokens:
-            tokens, depth = sweep.partial_tokens, layers - sweep.partial_layer
-            cost = costs.slice(sweep, tokens, depth)
-            if cost[1] > left:
-                return False
-            plan.add_unit(sweep.forward(tokens, depth), cost)
         elif not sweep.forward_done:
-            if plan.rides or not sweep.can_ride():
-                return False
-            tokens = sweep.next_forward()
-            base = costs.ride(plan.load, sweep.state, sweep.forward_tokens, tokens)
-            if base[1] - plan.base[1] > left:
-                return False
-            plan.add_ride(sweep, tokens, base)
+            return self._add_window_alone(sweep, plan, left, costs)
         else:
             tokens = sweep.next_backward()
             cost = costs.backward(sweep, tokens)
@@ -200,6 +189,27 @@ class TrainingPolicy:
                 return False
             plan.add_unit(sweep.backward(tokens), cost)
         return True
+
+    def _add_window_alone(self, sweep: SweepProgress, plan: TrainingPlan, left: float, costs: Costs) -> bool:
+        """The next window in the packed forward, or some of its layers where all of them are long."""
+        tokens, begun = sweep.next_forward(), sweep.partial_layer if sweep.partial_tokens else 0
+        if not sweep.partial_tokens:
+            base = costs.ride(plan.load, sweep.state, sweep.forward_tokens, tokens)
+            if base[0] - plan.base[0] <= _GRAIN * self._config.itl_seconds:
+                if plan.rides or not sweep.can_ride() or base[1] - plan.base[1] > left:
+                    return False
+                plan.add_ride(sweep, tokens, base)
+                return True
+        depth = self._grain(sweep.state.layers - begun, lambda n: costs.slice(sweep, tokens, n)[0])
+        cost = costs.slice(sweep, tokens, depth)
+        if cost[1] > left:
+            return False
+        plan.add_unit(sweep.forward(tokens, depth), cost)
+        return True
+
+    def _grain(self, most: int, seconds: Callable[[int], float]) -> int:
+        """Layers or sub-steps of one unit, of which a result does not depend."""
+        return max(1, how_many(most, _GRAIN * self._config.itl_seconds, seconds))
 
     # Training beside inference: cuts that fit.
 

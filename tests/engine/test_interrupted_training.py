@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,9 @@ from coserve.server.wire.sync import EngineSocket
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run_job(folder: Path, asked) -> tuple[SteppedEngine, dict[str, torch.Tensor], list[dict]]:
+def run_job(folder: Path, asked, itl: float = 5.0) -> tuple[SteppedEngine, dict[str, torch.Tensor], list[dict]]:
     folder.mkdir()
-    engine = SteppedEngine(folder, blocks=128, itl=5.0, train_window=16, ahead=False, asked=asked)
+    engine = SteppedEngine(folder, blocks=128, itl=itl, train_window=16, ahead=False, asked=asked)
     write_job(folder, "job", DIGEST, training_rows(16), batch_size=8, n_epochs=2)
     engine.trainer.start("job")
     engine.until(lambda: not engine.trainer.job_ids, seconds=60)
@@ -41,6 +43,16 @@ def test_units_that_are_left_run_later_to_the_same_bits(tmp_path):
     for kind in ("train_forward", "head", "train_backward"):
         totals = [sum(r["tokens"][kind] for r in some) for some in (plain, records)]
         assert totals[0] == pytest.approx(totals[1])
+
+
+def test_windows_and_head_batches_that_stop_on_their_way_end_in_the_same_bits(tmp_path):
+    """A quarter of a short promise is less than a window or a batch of label rows takes."""
+    _, whole, plain = run_job(tmp_path / "whole", lambda: False)
+    _, sliced, records = run_job(tmp_path / "sliced", lambda: False, itl=0.004)
+    shares = [r["tokens"]["train_forward"] % 1 for r in records]
+    assert any(0.01 < share < 0.99 for share in shares), "no window stopped between two layers"
+    assert len(records) > 2 * len(plain)
+    assert all(torch.equal(sliced[name], whole[name]) for name in whole)
 
 
 def test_what_did_not_run_is_neither_predicted_nor_learned_nor_charged(tmp_path):
@@ -71,60 +83,46 @@ def test_only_a_request_asks(tmp_path):
     assert not sock.asked
 
 
-ITL = 0.06
-
-
-class Stalls:
-    """A machine whose packed forwards sometimes take longer than it could know."""
-
-    def __init__(self, engine: SteppedEngine, when) -> None:
-        self.runner, self.when, self.count, self.times = engine.engine._runner, when, 0, []
-        self.forward, self.runner._forward = self.runner._forward, self.stall
-
-    def stall(self, *arguments) -> None:
-        self.forward(*arguments)
-        self.count += 1
-        if self.when(self.count):
-            self.times.append(time.time())
-            time.sleep(ITL)
-
-    def hit(self, record: dict) -> bool:
-        return any(record["started_at"] <= at <= record["started_at"] + record["measured_s"] for at in self.times)
-
-
-def beside_a_stream(folder: Path, when, most: int = 2000) -> tuple[dict[str, torch.Tensor], list[dict], list[dict]]:
-    """A job's weights, and the iterations that carried a decode: those without a stall, and those with one. After
-    `most` iterations the job is stopped and there are no weights."""
+def beside_streams(folder: Path, late) -> tuple[dict[str, torch.Tensor], list[dict], list[dict]]:
+    """A job's weights, and the iterations that carried a decode and were planned with units: those of which `late` says
+    that they have become too long for their units, and the others."""
     folder.mkdir()
-    engine = SteppedEngine(folder, blocks=256, itl=ITL, train_window=16, ahead=False)
-    stalls, streams = Stalls(engine, when), 0
-    write_job(folder, "job", DIGEST, training_rows(16), batch_size=8, n_epochs=6)
+    engine = SteppedEngine(folder, blocks=256, itl=5.0, train_window=16, ahead=False)
+    planned, streams, scheduler = [], 0, engine.engine._scheduler
+    plan_of = scheduler.plan
+
+    def plan(state, draft=None):
+        made = plan_of(state, draft)
+        planned.append(bool(made.decodes and made.units))
+        starts = (0.0 if late(sum(planned)) else inf,) * len(made.unit_starts)
+        scheduler._planned = made = replace(made, unit_starts=starts)
+        return made
+
+    scheduler.plan = plan
+    write_job(folder, "job", DIGEST, training_rows(16), batch_size=8, n_epochs=4)
     engine.trainer.start("job")
+    pairs = []
     while engine.trainer.job_ids:
-        if engine.counters["coserve_iterations_total"] == most:
-            engine.trainer.stop("job", pause=False)
         if not len(engine.requests):
             engine.submit(f"s{streams}", prompt(8, streams), max_tokens=200)
             streams += 1
+        before = engine.counters["coserve_iterations_total"]
         if not engine.engine.step():
             time.sleep(0.001)
+        elif engine.counters["coserve_iterations_total"] > before and planned[-1]:
+            pairs.append((late(sum(planned)), engine.engine._iterations.latest(1)[0]))
     last = json.loads((folder / "jobs" / "job" / "events.jsonl").read_text().splitlines()[-1])
-    path = last["data"].get("path")
-    weights = load_file(folder / path / "adapter_model.safetensors") if path else {}
-    records = [r for r in engine.engine._iterations.latest(2000) if r["streams"]]
-    return weights, [r for r in records if not stalls.hit(r)], [r for r in records if stalls.hit(r)]
+    weights = load_file(folder / last["data"]["path"] / "adapter_model.safetensors")
+    return weights, [r for was_late, r in pairs if was_late], [r for was_late, r in pairs if not was_late]
 
 
-def test_units_of_an_iteration_that_is_late_already_run_in_the_next_one(tmp_path):
-    weights, plain, _ = beside_a_stream(tmp_path / "plain", lambda count: False)
-    stalled, others, late = beside_a_stream(tmp_path / "stalled", lambda count: count % 5 == 0)
-    assert sum(r["units"] for r in plain) > 100 and sum(r["units"] for r in others) > 100
-    assert weights.keys() == stalled.keys() != set()
-    assert len(late) > 8 and sum(r["units"] == 0 for r in late) > 0.8 * len(late), "the others were owed their floor"
-    assert all(torch.allclose(stalled[name], weights[name], rtol=1e-3, atol=1e-5) for name in weights)
-
-
-def test_a_machine_that_is_always_late_still_trains(tmp_path):
-    _, before, late = beside_a_stream(tmp_path / "slow", lambda count: count > 40, most=120)
-    assert sum(r["units"] for r in before) > 20, "what units cost is known"
-    assert len(late) > 60 and 0 < sum(r["units"] for r in late) < len(late), "the floor's"
+def test_units_of_an_iteration_that_is_late_run_in_a_later_one(tmp_path):
+    weights, _, plain = beside_streams(tmp_path / "plain", lambda number: False)
+    again, late, others = beside_streams(tmp_path / "late", lambda number: number % 2 == 1)
+    assert len(late) > 3 and all(r["units"] == 0 and r["tokens"]["decode"] == 1 for r in late)
+    assert all(r["units"] > 0 for r in (*plain, *others))
+    assert all(r["predicted_s"] < min(o["predicted_s"] for o in others) for r in late), "without what did not run"
+    for kind in ("train_forward", "head", "train_backward"):
+        assert sum(r["tokens"][kind] for r in plain) == pytest.approx(sum(r["tokens"][kind] for r in (*late, *others)))
+    assert weights.keys() == again.keys() != set()
+    assert all(torch.allclose(again[name], weights[name], rtol=1e-3, atol=1e-5) for name in weights)

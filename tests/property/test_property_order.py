@@ -189,6 +189,16 @@ def mean(scheduler: Scheduler, plan: Plan, piece: Ride | Unit, state: SchedulerS
     return with_it - without
 
 
+def check_starts(plan: Plan) -> None:
+    """Units of an iteration that keeps to its upper estimate are never left for later, and what is owed never is."""
+    assert len(plan.unit_starts) == (len(plan.units) if plan.decodes else 0)
+    seconds = [plan.budget_seconds - start for start in plan.unit_starts]
+    for i, start in enumerate(plan.unit_starts):
+        assert start == inf or start >= plan.upper_seconds - sum(seconds[i:]) - 1e-9
+    if plan.unit_starts and plan.upper_seconds > plan.budget_seconds + 1e-9:
+        assert plan.unit_starts[0] == inf
+
+
 def check_beside(seed: int) -> None:
     """Training fills what requests leave, takes nothing of theirs and makes nobody late."""
     scheduler, state = draw(seed)
@@ -213,6 +223,7 @@ def check_beside(seed: int) -> None:
     if plan.rides or plan.units:
         assert plan.upper_seconds <= room + 1e-9, "training makes somebody late"
         assert {t.sweep_id for t in (*plan.rides, *plan.units)} <= {s.sweep_id for s in behind}, "somebody waits for it"
+    check_starts(plan)
     for sweep in behind:
         for piece in smallest(progress_after(plan, sweep)):
             assert not fits(scheduler, plan, state, piece, room), f"{piece} fits"
@@ -255,6 +266,7 @@ def check_floor(seed: int) -> None:
     scheduler._training.floor.settle(sweeps, 10.0 * r.random(), {})
     debts = {s.sweep_id: owed for s, owed in scheduler._training.floor.debts(sweeps)}
     plan = scheduler.plan(state)
+    check_starts(plan)
     forced = sum(p.tokens for p in plan.prefills) <= CONFIG.min_chunk  # by a first token that would be late
     if not plan.decodes or not (plan.rides or plan.units) or plan.upper_seconds <= plan.budget_seconds + 1e-9:
         return

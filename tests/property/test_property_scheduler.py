@@ -246,7 +246,6 @@ def test_training_alone_is_cut_the_same_way_at_any_speed(seed: int) -> None:
         scheduler.observe(plan, state, world.carry_out(plan))
     for sweep in sweeps:
         assert (sweep.forward_cuts, sweep.head_cuts, sweep.backward_cuts) == fixed_cuts(sweep, 64)
-        assert sweep.head_stops == 0
 
 
 @settings(max_examples=150, **QUIET)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.faults
 STEPS = 16
 CHECKPOINT_EVERY = 5
 PAUSES = 5
+ROUNDED = 0.1  # tokens: a window that stops between layers is counted in parts
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_a_kill_9_of_the_engine_in_mid_step(server, client, start, calm):
     job = succeeded(server, client, job_id)
     assert digest_of(server, job.fine_tuned_model) == digest
     again = sum(it["tokens"]["train_forward"] for it in every_iteration(server))
-    assert again == sum(tokens[kept:]) < sum(tokens), "it did not go on from its checkpoint"
+    assert kept > 0 and again == pytest.approx(sum(tokens[kept:]), abs=ROUNDED), "it did not go on from its checkpoint"
 
 
 def test_five_pauses(server, client, start, calm):
@@ -86,7 +87,7 @@ def stopped_in_mid_step(server: LiveServer, job_id: str, tokens: list[int], befo
     while time.monotonic() < deadline:
         forward = sum(it["tokens"]["train_forward"] for it in every_iteration(server, before))
         os.kill(pid, signal.SIGSTOP)
-        if forward > sum(tokens[: len(steps_on_disk(server, job_id))]):
+        if forward > sum(tokens[: len(steps_on_disk(server, job_id))]) + ROUNDED:
             return pid
         os.kill(pid, signal.SIGCONT)
     raise AssertionError("the engine was never seen in mid-step")

@@ -193,19 +193,19 @@ class TrainingPolicy:
     def _add_window_alone(self, sweep: SweepProgress, plan: TrainingPlan, left: float, costs: Costs) -> bool:
         """The next window in the packed forward, or some of its layers where all of them are long."""
         tokens, begun = sweep.next_forward(), sweep.partial_layer if sweep.partial_tokens else 0
+        rides, base = False, plan.base
         if not sweep.partial_tokens:
             base = costs.ride(plan.load, sweep.state, sweep.forward_tokens, tokens)
-            if base[0] - plan.base[0] <= _GRAIN * self._config.itl_seconds:
-                if plan.rides or not sweep.can_ride() or base[1] - plan.base[1] > left:
-                    return False
-                plan.add_ride(sweep, tokens, base)
+            rides = not plan.rides and sweep.can_ride() and base[1] - plan.base[1] <= left
+        if sweep.partial_tokens or base[0] - plan.base[0] > _GRAIN * self._config.itl_seconds:
+            depth = self._grain(sweep.state.layers - begun, lambda n: costs.slice(sweep, tokens, n)[0])
+            cost = costs.slice(sweep, tokens, depth)
+            if cost[1] <= left:
+                plan.add_unit(sweep.forward(tokens, depth), cost)
                 return True
-        depth = self._grain(sweep.state.layers - begun, lambda n: costs.slice(sweep, tokens, n)[0])
-        cost = costs.slice(sweep, tokens, depth)
-        if cost[1] > left:
-            return False
-        plan.add_unit(sweep.forward(tokens, depth), cost)
-        return True
+        if rides:
+            plan.add_ride(sweep, tokens, base)
+        return rides
 
     def _grain(self, most: int, seconds: Callable[[int], float]) -> int:
         """Layers or sub-steps of one unit, of which a result does not depend."""

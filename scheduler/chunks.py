@@ -44,11 +44,11 @@ class ChunkPolicy:
             return seconds(with_chunks(beside, candidates, tokens, adapters, self._traits))
 
         found = largest(total, budget, cost)
-        if found and len(candidates) == 1:  # nobody else's tokens would fill the last chunk up
+        if found:
+            if len(candidates) > 1:  # others' tokens fill the last chunk up
+                return found
             left = candidates[0].request.total_tokens - candidates[0].request.computed_tokens
             return -(-left // -(-left // found))
-        if found:
-            return found
         least = min(self._config.min_chunk, total)
         each = cost(least)
         ahead = 0

@@ -191,7 +191,7 @@ class TrainingPolicy:
         return True
 
     def _add_window_alone(self, sweep: SweepProgress, plan: TrainingPlan, left: float, costs: Costs) -> bool:
-        """The next window in the packed forward, or some of its layers where all of them are long."""
+        """The next window in the packed forward, or some of its layers where all of them are long and these fit."""
         tokens, begun = sweep.next_forward(), sweep.partial_layer if sweep.partial_tokens else 0
         rides, base = False, plan.base
         if not sweep.partial_tokens:
@@ -208,7 +208,7 @@ class TrainingPolicy:
         return rides
 
     def _grain(self, most: int, seconds: Callable[[int], float]) -> int:
-        """Layers or sub-steps of one unit, of which a result does not depend."""
+        """How many of `most` layers or sub-steps one unit takes; no result depends on it."""
         return max(1, how_many(most, _GRAIN * self._config.itl_seconds, seconds))
 
     # Training beside inference: cuts that fit.

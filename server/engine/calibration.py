@@ -120,7 +120,7 @@ class Calibration:
         for ride in (True, False):
             sweep = Sweep([TrainSequence(step, ids, ids)], layers=self._model.layer_count, dtype=self._model.dtype,
                           device=self._model.device, save=True)  # fmt: skip
-            sweep.place(private_store(self._model, rows, True, self._layers))
+            sweep.place(private_store(self._model, rows, save=True, layers=self._layers))
             if ride:
                 self._run(Plan(rides=(Ride(0, rows),)), {0: sweep})
                 continue

@@ -20,7 +20,7 @@ def _work(running: RunningJob, weight: Callable[[str], float], window: int, laye
     job = running.job
     if job is None or job.state != "running" or running.stop is not None or running.waits is not None:
         return None
-    left = job.work_left(running.batch)
+    left = job.work_left(running.batch or running.reported)
     # Rows of the step under way that are in no sweep yet; as many of them bear loss as of the others.
     waiting = sum(len(sequence.input_ids) for part in running.waiting for sequence in part)
     evaluates = running.batch is not None and running.batch.kind == "eval"

@@ -35,6 +35,7 @@ class RunningJob:
     job: TrainingJob | None = None
     batch: Batch | None = None
     step: JobStep | None = None
+    reported: Batch | None = None  # the newest that is through: its report may still be under way at the side
     waiting: list[list[TrainSequence]] = field(default_factory=list)  # parts of the batch that are in no sweep yet
     sweeps: int = 0  # live sweeps with rows of this job
     stop: str | None = None  # "pause" | "cancel", asked for

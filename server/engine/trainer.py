@@ -202,7 +202,7 @@ class Trainer:
             if running.sweeps or running.waiting or running.job is None or running.batch is None:
                 continue
             finish, trains = partial(finish_step, running.job, running.batch, step), running.batch.kind == "train"
-            running.batch = running.step = None
+            running.reported, running.batch, running.step = running.batch, None, None
             running.faults = 0
             if running.stop is None:
                 self._aside(running, finish, partial(self._refresh, running) if trains else None)

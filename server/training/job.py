@@ -126,10 +126,13 @@ class TrainingJob:
         return self._optimizer.held_bytes
 
     def work_left(self, batch: Batch | None) -> WorkLeft:
-        """What is still to run beyond `batch`, the one under way. May be asked while the job's side work runs."""
+        """What is still to run beyond `batch`, the newest that was begun. May be asked while the job's side work runs,
+        and so before `batch` has been reported, and after."""
         step, evaluated = self.step, None
         if self._progress.open_step is not None:
-            evaluated = self._evaluation.rows + (len(batch.rows) if batch is not None and batch.kind == "eval" else 0)
+            evaluated = self._evaluation.rows
+            if batch is not None and batch.kind == "eval":
+                evaluated = max(evaluated, batch.rows[-1].sequence + 1)
         begun = max(step, batch.step) if batch is not None else step
         return self._source.work_left(begun, step, evaluated)
 

@@ -18,6 +18,8 @@ def test_what_is_left_is_what_will_run(tmp_path, evaluation):
             job.finish_eval(batch, 1.0, 1)
         else:
             job.finish_train(batch, synthetic_gradients(job, batch), 1.0, 1)
+        if job.state == "running":
+            assert job.work_left(batch) == told[-1][0], "a report does not change what is left beyond its batch"
     steps = sum(kind == "train" for kind, *_ in ran)
     tokens = {kind: sum(count for k, count, _ in ran if k == kind) for kind in ("train", "eval")}
     first = told[0][0]

@@ -112,6 +112,7 @@ class SchedulerState:
     max_adapters: int  # how many distinct adapters the pool can hold at once (a lower bound)
     limits: Mapping[str, TenantLimit] = field(default_factory=dict)  # of tenants that have any
     activation_blocks: int = 1 << 60  # the most blocks that placed sweeps may hold together
+    adapter_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""The adapter pool's memory: one flat tensor in pages of equal size, which tensors take, fill and give back.
+"""What the adapter pool does with its pages: tensors take them, fill them, are read from them and give them back.
 
 Who has them and for how long is the pool's business. On CUDA a host image is copied beside the iterations, on a stream
-of its own. Free pages are zero, from the start and whenever one is given back.
+of its own. Behind the rows of a tensor its last page is zero, and pages are cleared when they are given back: nothing
+of an adapter is left to whoever has the memory next.
 """
 
 from __future__ import annotations
@@ -13,37 +14,33 @@ from torch import Tensor
 
 from coserve.kernels.transfer import integers
 from coserve.server.engine.host_image import HostImage
-from coserve.server.engine.kv_cache import BlockAllocator
+from coserve.server.engine.page_source import PageSource
 from coserve.server.engine.page_tables import PagedTensor
 
 USUAL_RANK = 16  # of an adapter at every linear layer, in which the scheduler counts others
 
 
 class AdapterPages:
-    def __init__(self, num_pages: int, page_elements: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.flat = torch.zeros(num_pages * page_elements, dtype=dtype, device=device)
-        self.page_elements = page_elements
-        self.num_pages = num_pages
-        self._allocator = BlockAllocator(num_pages)
-        self._side = torch.cuda.Stream(device) if self.flat.is_cuda else None
-
-    @property
-    def free(self) -> int:
-        """Pages that nobody has."""
-        return self._allocator.free_blocks
+    def __init__(self, source: PageSource) -> None:
+        self.flat, self.page_elements = source.flat, source.page_elements
+        self._source = source
+        self._side = torch.cuda.Stream(self.flat.device) if self.flat.is_cuda else None
 
     def wanted(self, tensor: Tensor) -> int:
         """Pages that a tensor of this size takes."""
         return -(-tensor.numel() // self.page_elements)
 
-    def take(self, tensor: Tensor) -> PagedTensor:
-        """Pages for a tensor [rows, width] of this shape, not yet written."""
-        rows, width = tensor.shape
-        pages = tuple(self._allocator.allocate(self.wanted(tensor)))
-        return PagedTensor(rows, width, pages, self.flat, self.page_elements)
+    def take(self, tensors: Sequence[Tensor]) -> tuple[list[PagedTensor], tuple[int, ...]]:
+        """Pages for tensors [rows, width] of these shapes, not yet written, and the units of the source they are in."""
+        grant = self._source.take([self.wanted(tensor) for tensor in tensors])
+        stored = [
+            PagedTensor(tensor.shape[0], tensor.shape[1], pages, self.flat, self.page_elements)
+            for tensor, pages in zip(tensors, grant.pages, strict=True)
+        ]
+        return stored, grant.units
 
     def write(self, stored: PagedTensor, tensor: Tensor) -> None:
-        """[rows, width] -> its pages."""
+        """[rows, width] -> its pages, which have been cleared."""
         tensor = tensor.detach()
         if stored.consecutive:
             stored.where.copy_(tensor)
@@ -74,25 +71,26 @@ class AdapterPages:
         gathered = self._by_page.index_select(0, stored.where)
         return gathered.view(-1)[: stored.rows * stored.width].view(stored.rows, stored.width)
 
-    def give_back(self, numbers: Sequence[int], arrival: torch.cuda.Event | None) -> None:
+    def give_back(self, numbers: Sequence[int], units: Sequence[int], arrival: torch.cuda.Event | None) -> None:
         """Cleared, in one launch; `arrival` is the end of the copy that may still be writing them."""
         if arrival is not None:
             torch.cuda.current_stream(self.flat.device).wait_event(arrival)
-        self._by_page.index_fill_(0, integers(numbers, self.flat.device, torch.int64), 0)
-        for page in numbers:
-            self._allocator.free(page)
+        self.clear(numbers)
+        self._source.give(units)
 
-    def check(self, held: Sequence[Sequence[int]]) -> None:
-        """Raise RuntimeError unless `held` and the free pages are all pages, each once, and free pages are zero."""
-        self._allocator.check(held)
-        used = {page for pages in held for page in pages}
-        free = [page for page in range(self.num_pages) if page not in used]
-        if free and bool(self._by_page[free].any()):
-            raise RuntimeError("a free page of the adapter pool is not zero")
+    def clear(self, numbers: Sequence[int]) -> None:
+        self._by_page.index_fill_(0, integers(numbers, self.flat.device, torch.int64), 0)
+
+    def check(self, held: Sequence[Sequence[int]], units: Sequence[Sequence[int]]) -> None:
+        """Raise RuntimeError unless the pages in `held` are each held once, and `units` are what was taken."""
+        pages = [page for some in held for page in some]
+        if len(set(pages)) < len(pages):
+            raise RuntimeError("a page of the adapter pool is held twice")
+        self._source.check(units)
 
     @property
     def _by_page(self) -> Tensor:
-        return self.flat.view(self.num_pages, -1)
+        return self.flat.view(-1, self.page_elements)
 
 
 def pages_at_rank(rank: int, wide_in: int, wide_out: int, page_elements: int) -> int:

@@ -3,14 +3,14 @@
 Every LoRA tensor, A as rank rows [r, in] and B as rank rows [r, out], lies row-major over its own list of
 pages; element (i, j) is element (i * width + j) % page_elements of page number (i * width + j) // page_elements
 of the list. One page size for all widths means that no shape fragments the pool, and a rank costs its own
-rows only. The pool never reads a disk and never waits.
+rows only. Where the pages come from is the source's affair (`page_source`): in an engine they are blocks of the K/V
+cache, and adapters that nobody uses or names give way when sequences want them. The pool never reads a disk and never
+waits.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from torch import Tensor
 from coserve.kernels.lora import PageTable
 from coserve.server.engine.adapter_pages import AdapterPages
 from coserve.server.engine.host_image import HostImage, Weights, folded
-from coserve.server.engine.page_tables import PagedSites, PageTables
+from coserve.server.engine.page_source import OwnPages, PageSource
+from coserve.server.engine.page_tables import PageTables
+from coserve.server.engine.residents import Resident, Residents
 
 
 class PoolFull(RuntimeError):
@@ -37,17 +39,6 @@ class AdapterInUse(RuntimeError):
     """An adapter with requests in flight, or pinned by a training job, cannot be unloaded."""
 
 
-@dataclass(slots=True)
-class _Resident:
-    sites: PagedSites
-    pages: int
-    pinned: bool  # a training copy
-    kept: bool = False  # pinned by its tenant
-    in_flight: int = 0
-    retired: bool = False  # goes with its last request
-    arrival: torch.cuda.Event | None = None  # when its pages are written, on CUDA
-
-
 class AdapterPool:
     """Serving copies under their version digest, training copies under a key of their job.
 
@@ -56,27 +47,30 @@ class AdapterPool:
     `fold_scaling=False`.
     """
 
-    def __init__(
-        self, num_bytes: int, page_elements: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
-        """
-        Args:
-            num_bytes: size of the pool; rounded down to whole pages.
-            page_elements: elements of a page; `default_page_elements` gives the usual one.
-        """
-        self.page_elements = page_elements
-        self.page_bytes = page_elements * dtype.itemsize
-        self.num_pages = num_bytes // self.page_bytes
-        if self.num_pages < 1:
-            raise ValueError(f"{num_bytes} bytes hold no page of {self.page_bytes}: raise --adapter-memory")
-        self.dtype = dtype
-        self._pages = AdapterPages(self.num_pages, page_elements, dtype, device)
-        self._tables = PageTables(self._pages.flat, page_elements)
-        self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+    def __init__(self, source: PageSource) -> None:
+        self._source = source
+        self.page_elements = source.page_elements
+        self.dtype = source.flat.dtype
+        self.page_bytes = self.page_elements * self.dtype.itemsize
+        self.num_pages = source.most_units * source.unit_pages
+        self._pages = AdapterPages(source)
+        self._tables = PageTables(self._pages.flat, self.page_elements)
+        self._residents = Residents()
+        self.left_free = 0  # units that no load takes: sequences that run will want them
+
+    @staticmethod
+    def with_memory(
+        num_bytes: int, page_elements: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> AdapterPool:
+        """A pool in memory of its own, outside of an engine: `num_bytes`, rounded down to whole pages."""
+        page_bytes = page_elements * dtype.itemsize
+        if num_bytes < page_bytes:
+            raise ValueError(f"{num_bytes} bytes hold no page of {page_bytes}: raise --adapter-memory")
+        return AdapterPool(OwnPages(num_bytes // page_bytes, page_elements, dtype, device))
 
     @property
     def flat(self) -> Tensor:
-        """[num_pages * page_elements], the pool itself: to be read."""
+        """[elements], the memory that pages number: to be read."""
         return self._pages.flat
 
     @property
@@ -84,45 +78,67 @@ class AdapterPool:
         return self._pages.flat.device
 
     @property
+    def pages_used(self) -> int:
+        """Pages that resident adapters hold, whole units."""
+        return self._residents.pages
+
+    @property
     def pages_free(self) -> int:
-        return self._pages.free
+        """Pages that a load could get now without evicting anybody."""
+        return min(self._source_pages, self.num_pages - self.pages_used)
 
     @property
     def bytes_used(self) -> int:
-        return (self.num_pages - self.pages_free) * self.page_bytes
+        return self.pages_used * self.page_bytes
 
     @property
     def pages_available(self) -> int:
         """Pages that a load could get now: free ones, and those of idle adapters."""
-        return self.pages_free + sum(r.pages for r in self._residents.values() if _idle(r))
+        return min(self._source_pages + self._residents.idle_pages, self.pages_allowed)
+
+    @property
+    def pages_allowed(self) -> int:
+        """Pages that a load could get if nobody but adapters had any."""
+        return self.num_pages - self._residents.pages + self._residents.idle_pages
 
     def pages_wanted(self, weights: Weights) -> int:
-        return sum(self._pages.wanted(pair.a) + self._pages.wanted(pair.b) for pair in weights.values())
+        """Of the units that an adapter takes."""
+        wanted, unit = sum(map(self._pages.wanted, _tensors(weights))), self._source.unit_pages
+        return -(-wanted // unit) * unit
+
+    @property
+    def _source_pages(self) -> int:
+        return max(0, self._source.free_units - self.left_free) * self._source.unit_pages
+
+    def lacks(self, weights: Weights) -> int:
+        """Units that have to be free, by the count of who lends them (`spare_blocks` included), before an adapter that
+        does not fit now can be loaded. 0: it is not they that are short, adapters in use hold all that adapters may."""
+        wanted = self.pages_wanted(weights)
+        if wanted > self.pages_allowed:
+            return 0
+        named = self._residents.idle_pages // self._source.unit_pages - self.spare_blocks  # these it may evict, too
+        return wanted // self._source.unit_pages + self.left_free - named
 
     @property
     def pages_kept(self) -> int:
         """Pages of adapters that are kept whether or not they are used."""
-        return sum(r.pages for r in self._residents.values() if r.kept)
+        return sum(r.pages for r in self._residents if r.kept)
 
     @property
     def pages_held(self) -> int:
         """Pages that no end of a request gives back: those of training copies, and of adapters that are kept."""
-        return sum(r.pages for r in self._residents.values() if r.kept or r.pinned)
+        return sum(r.pages for r in self._residents if r.kept or r.pinned)
 
     def pages_of(self, key: str) -> int:
         """Pages that a resident adapter holds."""
         return self._residents[key].pages
-
-    def can_make_room(self, num_bytes: int) -> bool:
-        """Whether `num_bytes` of whole pages are free, or would be after evicting idle adapters."""
-        return -(-num_bytes // self.page_bytes) <= self.pages_available
 
     def __contains__(self, key: str) -> bool:
         return key in self._residents
 
     def resident(self) -> list[str]:
         """Keys, least recently used first."""
-        return list(self._residents)
+        return self._residents.keys
 
     def load(self, key: str, weights: Weights, *, pinned: bool = False, fold_scaling: bool = True) -> None:
         """Copy an adapter in, evicting idle ones as needed, least recently used first.
@@ -134,7 +150,7 @@ class AdapterPool:
             ValueError: a tensor is not [r, width], or A and B of a site differ in rank.
         """
         if key in self._residents:
-            self._residents.move_to_end(key)
+            self._residents.used(key)
             return
         for site, pair in weights.items():
             if pair.a.dim() != 2 or pair.b.dim() != 2 or pair.a.shape[0] != pair.b.shape[0]:
@@ -145,12 +161,16 @@ class AdapterPool:
         fold = fold_scaling and not isinstance(weights, HostImage)  # an image's is folded already
         values = {name: folded(pair) if fold else (pair.a, pair.b, pair.scaling) for name, pair in weights.items()}
         self._evict_until(wanted)
-        sites = {site: (self._pages.take(a), self._pages.take(b), scaling) for site, (a, b, scaling) in values.items()}
-        resident = self._residents[key] = _Resident(sites, wanted, pinned)
+        stored, units = self._pages.take(_tensors(weights))
+        pairs = zip(values, stored[::2], stored[1::2], strict=True)
+        sites = {site: (a, b, values[site][2]) for site, a, b in pairs}
+        resident = Resident(sites, units, wanted, pinned)
+        self._residents.add(key, resident)
         try:
             if isinstance(weights, HostImage):
-                resident.arrival = self._pages.write_image(_page_numbers(resident), weights)
+                resident.arrival = self._pages.write_image(resident.page_numbers, weights)
                 return
+            self._pages.clear(resident.page_numbers)
             for site, (a, b, _) in values.items():
                 self._pages.write(sites[site][0], a)
                 self._pages.write(sites[site][1], b)
@@ -165,6 +185,27 @@ class AdapterPool:
             return weights
         return HostImage(weights, self.page_elements, self.dtype, pinned=True)
 
+    # ------------------------------------------------------------------ for others who want the memory
+
+    def name(self, keys: Set[str]) -> None:
+        """Those that requests name, also such as wait: idle or not, they stay while generation is short of memory."""
+        self._residents.name(keys)
+
+    @property
+    def spare_blocks(self) -> int:
+        """Units of idle adapters that no request names."""
+        return self._residents.spare_units
+
+    def give_way(self, blocks: int) -> None:
+        """Evict such adapters, least recently used first, until so many units are given back."""
+        for key in self._residents.spare:
+            if blocks <= 0:
+                return
+            blocks -= len(self._residents[key].units)
+            self._drop(key)
+
+    # ------------------------------------------------------------------ who uses them
+
     def ready(self, key: str) -> bool:
         """Whether an adapter is resident and its pages are written. Never waits."""
         resident = self._residents.get(key)
@@ -173,38 +214,38 @@ class AdapterPool:
     @property
     def arriving(self) -> bool:
         """Whether some resident adapter's pages are still being written."""
-        return any(r.arrival is not None and not r.arrival.query() for r in self._residents.values())
+        return any(r.arrival is not None and not r.arrival.query() for r in self._residents)
 
     def acquire(self, key: str) -> None:
         """One more request uses a resident adapter."""
-        self._residents[key].in_flight += 1
-        self._residents.move_to_end(key)
+        self._residents.changed(key).in_flight += 1
+        self._residents.used(key)
 
     def release(self, key: str) -> None:
         """One request fewer; a retired adapter goes with its last."""
         resident = self._residents[key]
         if resident.in_flight < 1:
             raise ValueError(f"adapter {key} was released more often than acquired")
-        resident.in_flight -= 1
+        self._residents.changed(key).in_flight -= 1
         self._drop_if_over(key)
 
     def in_flight(self, key: str) -> int:
         return self._residents[key].in_flight if key in self._residents else 0
 
     def pin(self, key: str) -> None:
-        self._residents[key].pinned = True
+        self._residents.changed(key).pinned = True
 
     def unpin(self, key: str) -> None:
-        self._residents[key].pinned = False
+        self._residents.changed(key).pinned = False
         self._drop_if_over(key)
 
     def keep(self, key: str) -> None:
         """A resident adapter is not evicted any more, used or not."""
-        self._residents[key].kept = True
+        self._residents.changed(key).kept = True
 
     def let_go(self, key: str) -> None:
         """It may be evicted again."""
-        self._residents[key].kept = False
+        self._residents.changed(key).kept = False
         self._drop_if_over(key)
 
     def unload(self, key: str) -> None:
@@ -216,7 +257,7 @@ class AdapterPool:
         resident = self._residents.get(key)
         if resident is None:
             return
-        if not _idle(resident):
+        if not resident.idle:
             reason = "pinned" if resident.pinned or resident.kept else f"used by {resident.in_flight} requests"
             raise AdapterInUse(f"adapter {key} is {reason}")
         self._drop(key)
@@ -226,7 +267,7 @@ class AdapterPool:
         resident = self._residents.get(key)
         if resident is None:
             return True
-        if _idle(resident):
+        if resident.idle:
             self._drop(key)
             return True
         resident.retired = True
@@ -274,24 +315,27 @@ class AdapterPool:
         self._pages.write(stored_b, b)
 
     def check(self) -> None:
-        """Raise RuntimeError unless every page is accounted for and every free page is zero."""
-        self._pages.check([t.pages for r in self._residents.values() for a, b, _ in r.sites.values() for t in (a, b)])
+        """Raise RuntimeError unless every page is accounted for."""
+        self._pages.check(
+            [t.pages for r in self._residents for a, b, _ in r.sites.values() for t in (a, b)],
+            [r.units for r in self._residents],
+        )
 
     def _evict_until(self, pages: int) -> None:
-        for key in [key for key, resident in self._residents.items() if _idle(resident)]:
+        for key in self._residents.idle:
             if self.pages_free >= pages:
                 return
             self._drop(key)
 
     def _drop_if_over(self, key: str) -> None:
         resident = self._residents[key]
-        if resident.retired and _idle(resident):
+        if resident.retired and resident.idle:
             self._drop(key)
 
     def _drop(self, key: str) -> None:
         resident = self._residents.pop(key)
         self._tables.forget(resident.sites)
-        self._pages.give_back(_page_numbers(resident), resident.arrival)
+        self._pages.give_back(resident.page_numbers, resident.units, resident.arrival)
 
 
 def default_page_elements(hidden_size: int) -> int:
@@ -299,9 +343,6 @@ def default_page_elements(hidden_size: int) -> int:
     return 8 * hidden_size
 
 
-def _page_numbers(resident: _Resident) -> list[int]:
-    return [page for a, b, _ in resident.sites.values() for t in (a, b) for page in t.pages]
-
-
-def _idle(resident: _Resident) -> bool:
-    return resident.in_flight == 0 and not resident.pinned and not resident.kept
+def _tensors(weights: Weights) -> list[Tensor]:
+    """A and B of each site."""
+    return [t for pair in weights.values() for t in (pair.a, pair.b)]

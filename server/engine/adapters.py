@@ -36,6 +36,7 @@ class AdapterBook:
         self._reserved: set[str] = set()
         self._placed = False  # whether the last tick put a version into the pool
         self._kept_out: str | None = None  # the first that has arrived and waits for what others in use hold
+        self.lacks = 0  # blocks that it, or a pinned one, waits for (see `AdapterPool.lacks`)
         self.pins = Pins(pool)
 
     def close(self) -> None:
@@ -87,7 +88,7 @@ class AdapterBook:
         """
         held, kept = self.pins.held, self.pool.pages_kept
         resident = max(1, len(self.pool.resident()) - len(held))
-        used = self.pool.num_pages - self.pool.pages_free - kept
+        used = self.pool.pages_used - kept
         others = resident if not used else max(1, (self.pool.num_pages - kept) * resident // used)
         return others + (len(held.intersection(wanted)) if held else 0)
 
@@ -103,8 +104,8 @@ class AdapterBook:
                 failed[digest] = _load_fault(digest, result)
             else:
                 self._arrived[digest] = result
+        self._kept_out, self.lacks = None, 0
         self._bring_pins(failed)
-        self._kept_out = None
         order: dict[str, AdapterRef] = {ref.digest: ref for ref in wanted}
         keep: set[str] = set()
         for digest, ref in order.items():
@@ -125,6 +126,7 @@ class AdapterBook:
                 if pages > self.pool.pages_available:
                     if pages <= self.pool.num_pages - self.pool.pages_held:
                         self._kept_out = digest
+                        self.lacks = max(self.lacks, self.pool.lacks(image))
                     break  # the versions ahead of it in line come first
                 del self._arrived[digest]
                 fault = attempt(f"loading adapter {digest[:12]}", partial(self.pool.load, digest, image))
@@ -156,7 +158,8 @@ class AdapterBook:
                 pages = self.pool.pages_wanted(image)
                 if self.pins.has_room(pages):
                     if pages > self.pool.pages_available:
-                        continue  # adapters in use hold the pool: when they are through
+                        self.lacks = max(self.lacks, self.pool.lacks(image))
+                        continue  # until those who hold the memory are through
                     fault = attempt(f"loading adapter {digest[:12]}", partial(self.pool.load, digest, image))
                     if fault is not None:
                         self.pins.refuse(digest, fault.message)

@@ -23,10 +23,12 @@ class TrainingCopies:
         self._pool, self._shares = pool, shares
         self._held: dict[str, tuple[str, int]] = {}  # key of a copy -> its tenant and pages
         self._waiting: set[str] = set()  # tenants of which a job has found no room in this turn
+        self.lacks = 0  # blocks that the first such job waits for (see `AdapterPool.lacks`)
 
     def turn(self) -> None:
         """Jobs are about to ask for places, the oldest first."""
         self._waiting.clear()
+        self.lacks = 0
 
     def place(self, running: RunningJob, job: TrainingJob) -> str | None:
         """Put a job's copy into the pool if there is room; else `running.waits` says what for.
@@ -51,6 +53,7 @@ class TrainingCopies:
             pool.load(running.key, job.params, pinned=True, fold_scaling=False)
         except PoolFull:
             running.waits = POOL
+            self.lacks = self.lacks or pool.lacks(job.params)
             return None
         running.waits = None
         self._held[running.key] = job.tenant, wanted

@@ -1,6 +1,6 @@
 """Who holds the device's memory: bytes of the storages behind the tensors of each part, as /metrics shows them.
 
-Model, cache and pool never change their size and are counted once, the rest anew at every report. Nothing here is an
+Model and cache never change their size and are counted once, the rest anew at every report. Nothing here is an
 estimate, and nothing here allocates.
 """
 
@@ -32,22 +32,22 @@ class Holdings:
         graphs: DecodeGraphs | None = None,
     ) -> None:  # fmt: skip
         self._device = model.device
-        self._trainer, self._loader, self._graphs = trainer, loader, graphs
+        self._trainer, self._loader, self._pool, self._graphs = trainer, loader, pool, graphs
         self._block_bytes = cache.block_bytes
         self._fixed = {
             "weights": self._bytes(model.tensors()),
             "kv_cache": self._bytes(cache.cells),
-            "adapter_pool": self._bytes([pool.flat]),
         }
 
     def by_holder(self) -> dict[str, int]:
         """Bytes on the device; no tensor belongs to two holders."""
         sweeps, jobs = self._trainer.sweeps.values(), list(self._trainer.jobs)
-        lent = self._trainer.live.blocks * self._block_bytes  # of the cache's blocks
+        lent = self._trainer.live.blocks * self._block_bytes  # of the cache's blocks; the pool's are, too
         steps = [job.step for job in jobs if job.step is not None]
         held = {
             **self._fixed,
-            "kv_cache": self._fixed["kv_cache"] - lent,
+            "kv_cache": self._fixed["kv_cache"] - lent - self._pool.bytes_used,
+            "adapter_pool": self._pool.bytes_used,
             "activations": lent + self._bytes(tensor for sweep in sweeps for tensor in _beside_blocks(sweep)),
             "gradients": self._bytes(tensor for step in steps for pair in step.grads.values() for tensor in pair),
             "training_state": sum(job.job.held_bytes for job in jobs if job.job is not None),

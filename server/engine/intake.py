@@ -35,6 +35,8 @@ from coserve.server.wire.sync import Connected, Disconnected, EngineSocket
 
 log = logging.getLogger("coserve.engine")
 
+_AHEAD = 2  # blocks a running request that no load of an adapter takes: it would be preempted for the next ones
+
 
 class Intake:
     """Applies messages to the books. Never blocks."""
@@ -61,6 +63,7 @@ class Intake:
     def take(self) -> None:
         for message in self._socket.poll():
             self._handlers[type(message)](message)
+        self._adapters.pool.left_free = _AHEAD * self._requests.running
         self._trainer.tick()
         for event in self._trainer.events():
             self._socket.send(event)
@@ -88,6 +91,7 @@ class Intake:
     def load_adapters(self, digests: Iterable[str]) -> None:
         """Move adapter loads along, for the versions the scheduler wants resident, most urgent first."""
         known = {r.version: r.message.adapter for r in self._requests if r.message.adapter is not None}
+        self._adapters.pool.name(known.keys())
         wanted = [known[digest] for digest in digests if digest in known]
         for digest, fault in self._adapters.tick(wanted).items():
             for request in [r for r in self._requests if r.version == digest]:

@@ -3,7 +3,8 @@
 A block is `block_size` consecutive token slots; block b is slots [b*block_size, (b+1)*block_size) of every
 layer. The allocator hands out numbers and counts references; it never looks at tensors, and the cache never
 looks at counts. Blocks may also hold what training keeps of its rows (`row_pages`): for that the memory of a layer
-is seen as *cells*, those of the keys and then those of the values.
+is seen as *cells*, those of the keys and then those of the values. And they may hold adapters (`page_source`): for that
+all memory is one row of equal pages, of which a block has some in the keys and some in the values of every layer.
 """
 
 from __future__ import annotations
@@ -56,12 +57,13 @@ class BlockAllocator:
     def can_allocate(self, count: int) -> bool:
         return count <= self._free
 
-    def allocate(self, count: int, near: int | None = None, ahead: int = 0) -> list[int]:
+    def allocate(self, count: int, near: int | None = None, ahead: int = 0, *, last: bool = False) -> list[int]:
         """Take `count` blocks, each with one reference.
 
         Args:
             near: the last block of the sequence that grows; the new blocks follow it where they can.
             ahead: how many further blocks this sequence is likely to want behind the new ones.
+            last: the highest that are free: for who holds them for long, apart from those that come and go.
         Raises:
             OutOfBlocks: fewer than `count` are free; nothing was taken.
         """
@@ -75,7 +77,7 @@ class BlockAllocator:
                 blocks.append(following)
                 following += 1
         if len(blocks) < count:
-            blocks += self._take_run(count - len(blocks), ahead)
+            blocks += self._take_run(count - len(blocks), 0 if last else ahead, last)
         return blocks
 
     def share(self, block: int) -> None:
@@ -119,10 +121,11 @@ class BlockAllocator:
         self._references[block] = 1
         self._free -= 1
 
-    def _take_run(self, count: int, ahead: int) -> list[int]:
+    def _take_run(self, count: int, ahead: int, last: bool) -> list[int]:
         """`count` free blocks in as few runs as a search by halves finds; the caller knows that they exist."""
         while True:
-            start = self._state.find(bytes([_FREE]) * (count + ahead))
+            run = bytes([_FREE]) * (count + ahead)
+            start = self._state.rfind(run) if last else self._state.find(run)
             if start >= 0 or ahead == 0:
                 break
             ahead //= 2
@@ -131,7 +134,7 @@ class BlockAllocator:
             start = self._state.translate(_ANY_FREE).rfind(bytes([_FREE]) * count)
         if start < 0:
             half = count // 2
-            return self._take_run(count - half, 0) + self._take_run(half, 0)
+            return self._take_run(count - half, 0, last) + self._take_run(half, 0, last)
         for block in range(start, start + count):
             self._take(block)
         for block in range(start + count, start + count + ahead):
@@ -219,20 +222,51 @@ class KVCache:
         self.block_size = block_size
         self.scratch_block = num_blocks
         self.dtype, self.device = dtype, torch.device(device)
-        slots = (num_blocks + scratch) * block_size
+        self._blocks = num_blocks + scratch
+        slots = self._blocks * block_size
+        widths = [s.kv_heads * (s.key_dim + s.value_dim) for s in self.layers]
+        self.flat = _zeros(slots * sum(widths), dtype, self.device)  # all layers, one behind the other
         self.cells: list[Tensor] = []  # a layer's memory as [cells, elements of a cell]
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        for s in self.layers:
-            flat = _zeros(slots * s.kv_heads * (s.key_dim + s.value_dim), dtype, self.device)
+        for s, memory in zip(self.layers, self.flat.split([slots * width for width in widths]), strict=True):
             keys = slots * s.kv_heads * s.key_dim
-            self.cells.append(flat.view(-1, s.cell))
-            self.keys.append(flat[:keys].view(slots, s.kv_heads, s.key_dim))
-            self.values.append(flat[keys:].view(slots, s.kv_heads, s.value_dim))
+            self.cells.append(memory.view(-1, s.cell))
+            self.keys.append(memory[:keys].view(slots, s.kv_heads, s.key_dim))
+            self.values.append(memory[keys:].view(slots, s.kv_heads, s.value_dim))
 
     @property
     def block_bytes(self) -> int:
         return block_bytes(self.layers, self.block_size, self.dtype)
+
+    # ------------------------------------------------------------------ as pages
+
+    def page_elements(self, most: int) -> int:
+        """The largest page that divides `most`, and the keys and the values of a block in every layer."""
+        return gcd(most, *self._pieces)
+
+    def page_runs(self, blocks: Iterable[int], page_elements: int) -> list[range]:
+        """The pages of these blocks (ascending), as runs of consecutive numbers: page p is elements
+        [p * page_elements, (p+1) * page_elements) of `flat`."""
+        spans: list[list[int]] = []  # of consecutive blocks: first, end
+        for block in blocks:
+            if spans and spans[-1][1] == block:
+                spans[-1][1] += 1
+            else:
+                spans.append([block, block + 1])
+        runs, first = [], 0
+        for piece in self._pieces:
+            pages = piece // page_elements
+            runs += [range(first + start * pages, first + end * pages) for start, end in spans]
+            first += self._blocks * pages
+        return runs
+
+    @property
+    def _pieces(self) -> list[int]:
+        """Elements of one block's keys and of its values, layer by layer, as they lie in `flat`."""
+        return [self.block_size * s.kv_heads * dim for s in self.layers for dim in (s.key_dim, s.value_dim)]
+
+    # ------------------------------------------------------------------ as keys and values
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store key [T, kv_heads, key_dim] and value [T, kv_heads, value_dim] at `slots` (int64 [T])."""

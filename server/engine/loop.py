@@ -45,6 +45,7 @@ class Engine:
         self._scheduler, self._runner = scheduler, runner
         self._iterations, self._stats, self._beat = iterations, stats, beat
         self._outlook = Outlook(requests, adapters, trainer, shares, max_running, max_adapters)
+        self._wanted: tuple[str, ...] = ()  # adapters that the last plan wants on the device
         self._ahead: Draft | None = None  # the next plan, if it was made while the last iteration ran
 
     def run(self) -> None:
@@ -58,13 +59,15 @@ class Engine:
         """One iteration; False if there was nothing to run."""
         self._beat()
         self._intake.take()
+        self._intake.load_adapters(self._wanted)
         state = self._outlook.now()
         plan = self._plan(state)
+        news, self._wanted = plan.adapters != self._wanted, plan.adapters
         self._prepare(plan)
         if plan.empty:
             self._stats.send_if_due(state)
             moved = plan.preempt or plan.expired or plan.unservable or plan.park or plan.lean or plan.place
-            return bool(moved)
+            return bool(moved) or news
         started, clock = time.time(), time.perf_counter()
         flight = self._runner.launch(plan, self._trainer.sweeps)
         self._look_ahead(plan, state, flight)
@@ -99,7 +102,8 @@ class Engine:
             self._ahead = self._scheduler.draft(self._outlook.after(plan, state, flight.rows))
 
     def _prepare(self, plan: Plan) -> None:
-        """Carry out what the plan says of the books: preemptions, refusals, residency, admissions."""
+        """Carry out what the plan says of the books: preemptions, refusals, admissions. Adapters are loaded before the
+        next one: they take memory that this one may count on."""
         for request_id in plan.preempt:
             request = self._requests.get(request_id)
             if request is not None:
@@ -117,7 +121,6 @@ class Engine:
         for request in filter(None, map(self._requests.get, plan.expired)):
             late = Failed.past_deadline(request.message)
             self._fail(request.id, late.code, late.message)
-        self._intake.load_adapters(plan.adapters)
         for prefill in plan.prefills:
             request = self._requests.get(prefill.request_id)
             if request is not None:

@@ -55,6 +55,7 @@ class Outlook:
             max_adapters=self._max_adapters(),
             limits=self._shares.limits,
             activation_blocks=self._trainer.live.most_blocks,
+            adapter_blocks=max(self._adapters.lacks, self._trainer.lacks),
         )
 
     def _request(self, request: Request) -> RequestState:

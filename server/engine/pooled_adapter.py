@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coserve.server.engine.adapter_pool import AdapterPool, default_page_elements
 from coserve.server.engine.host_image import Weights
+from coserve.server.engine.page_source import OwnPages
 from coserve.server.training.peft.sites import Site
 
 
@@ -39,7 +40,7 @@ def pool_of(model: PoolUser, adapters: Sequence[Weights]) -> list[PooledAdapter]
     page_elements = default_page_elements(model.hidden_size)
     tensors = [t for weights in adapters for pair in weights.values() for t in (pair.a, pair.b)]
     pages = sum(-(-t.numel() // page_elements) for t in tensors)
-    pool = AdapterPool(pages * page_elements * model.dtype.itemsize, page_elements, model.dtype, model.device)
+    pool = AdapterPool(OwnPages(pages, page_elements, model.dtype, model.device))
     for number, weights in enumerate(adapters):
         pool.load(str(number), weights, pinned=True, fold_scaling=False)
     return [PooledAdapter(pool, str(number)) for number in range(len(adapters))]

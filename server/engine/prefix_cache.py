@@ -11,6 +11,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from coserve.server.engine.kv_cache import BlockAllocator, OutOfBlocks, SequenceBlocks
 
@@ -149,6 +150,17 @@ class PrefixCache:
         self._allocator.free(block)
 
 
+class Borrower(Protocol):
+    """Who took blocks (`BlockManager.take`), and gives some back when they are wanted."""
+
+    @property
+    def spare_blocks(self) -> int:
+        """That it could give back at once."""
+
+    def give_way(self, blocks: int) -> None:
+        """Give back at least so many of them."""
+
+
 class BlockManager:
     """Allocator and prefix cache behind one door: admit → (grow → commit)* → release."""
 
@@ -157,12 +169,18 @@ class BlockManager:
         self.num_blocks = num_blocks
         self._allocator = BlockAllocator(num_blocks)
         self.prefix_cache = PrefixCache(self._allocator, block_size)
+        self.borrower: Borrower | None = None
         # One sequence's hope to grow must not push all the others apart.
         self._most_ahead = num_blocks // 16
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that `grow` can hand out, unreferenced cached ones included."""
+        """Blocks that `grow` can hand out: those of nobody, and what the borrower would give back."""
+        return self.unheld_blocks + (self.borrower.spare_blocks if self.borrower is not None else 0)
+
+    @property
+    def unheld_blocks(self) -> int:
+        """Free ones, and cached ones that no sequence holds."""
         return self._allocator.free_blocks + self.prefix_cache.evictable
 
     def admit(
@@ -213,6 +231,7 @@ class BlockManager:
         # Evicting what the sequence will want soon, too, gives it a run to grow into.
         target = wanted if sequence.blocks else wanted + ahead
         self.prefix_cache.evict(target - self._allocator.free_blocks)
+        self._make_room(wanted)
         near = sequence.blocks[-1] if sequence.blocks else None
         sequence.blocks += self._allocator.allocate(wanted, near, ahead)
 
@@ -245,16 +264,23 @@ class BlockManager:
         sequence.pending.clear()
         sequence.length = 0
 
-    def take(self, count: int) -> list[int]:
-        """Blocks for what is no sequence, consecutive ones where there are any; cached ones go as for sequences.
+    def take(self, count: int, *, last: bool = False) -> list[int]:
+        """Blocks for what is no sequence, consecutive ones where there are any (`last`: the highest); cached ones go as
+        for sequences.
 
         Raises:
             OutOfBlocks: nothing was taken.
         """
         if count > self.free_blocks:
             raise OutOfBlocks(count, self.free_blocks)
+        self._make_room(count)
+        return sorted(self._allocator.allocate(count, last=last))
+
+    def _make_room(self, count: int) -> None:
+        """Free so many blocks, of the `free_blocks` there are: what is cached goes before what is lent."""
         self.prefix_cache.evict(count - self._allocator.free_blocks)
-        return sorted(self._allocator.allocate(count))
+        if self.borrower is not None and count > self._allocator.free_blocks:
+            self.borrower.give_way(count - self._allocator.free_blocks)
 
     def give(self, blocks: Iterable[int]) -> None:
         """Give back what `take` gave."""

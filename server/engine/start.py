@@ -29,6 +29,7 @@ from coserve.server.engine.load import LoadedModel, ModelRefused, load_model
 from coserve.server.engine.loop import Engine
 from coserve.server.engine.model import BaseModel
 from coserve.server.engine.options import EngineOptions
+from coserve.server.engine.page_source import BlockPages
 from coserve.server.engine.prefix_cache import BlockManager
 from coserve.server.engine.readings import LOGIT_ROWS
 from coserve.server.engine.requests import RequestBook
@@ -84,7 +85,7 @@ def _build(options: EngineOptions, heartbeat: Heartbeat, load: Load, policy: Pol
     loaded = load(options)
     model = loaded.base
     blocks, cache = _kv_cache(loaded, options)
-    pool = _pool(loaded, options)
+    pool = _pool(loaded, options, blocks, cache)
 
     def read(folder: Path) -> Weights:
         return pool.image_of(read_folder(folder, model.sites, loaded.digest)[1])
@@ -166,16 +167,17 @@ def _kv_cache(loaded: LoadedModel, options: EngineOptions) -> tuple[BlockManager
     # Never more than every running sequence could use at once.
     scratch = loaded.base.backend.captures  # for rows that only fill a graph up
     count = min(options.kv_bytes() // bytes_each - scratch, options.running() * longest)
-    for_training = options.activation_bytes() // bytes_each
+    for_training, for_adapters = options.activation_bytes() // bytes_each, options.adapter_bytes() // bytes_each
     if count < 1:
         raise ModelRefused(
             f"--kv-memory {options.kv_bytes()} holds no block: one block of {options.block_size} tokens takes "
             f"{bytes_each} bytes of this model; give at least {bytes_each * (longest + scratch)} for one full context"
         )
     if count < longest:
-        log.warning("--kv-memory holds %d tokens, less than one context of %d: longer sequences need memory of "
-                    "training, or are refused", count * options.block_size, loaded.max_model_len)  # fmt: skip
-    count += for_training  # one memory: generation may use all of it, training its part at the most
+        log.warning("--kv-memory holds %d tokens, less than one context of %d: longer sequences need "
+                    "memory of training and adapters, or are refused", count * options.block_size, loaded.max_model_len)  # fmt: skip
+    # One memory: generation may use all of it, training and adapters their parts at the most.
+    count += for_training + for_adapters
     manager = BlockManager(count, options.block_size)
     cache = KVCache(shapes, count, options.block_size, loaded.base.dtype, loaded.base.device, scratch=scratch)
     return manager, cache
@@ -190,18 +192,19 @@ def _decode_graphs(loaded: LoadedModel, cache: KVCache, pool: AdapterPool) -> De
     return DecodeGraphs(loaded.base, cache, pool, loaded.max_model_len)
 
 
-def _pool(loaded: LoadedModel, options: EngineOptions) -> AdapterPool:
-    """Of one page, which holds no adapter, where none are wanted (--adapter-memory 0)."""
-    base, wanted = loaded.base, options.adapter_bytes()
-    page_elements = options.adapter_page_rows * base.hidden_size
-    page_bytes = page_elements * base.dtype.itemsize
-    pages = _pages(base, 1, page_elements)
-    if 0 < wanted < pages * page_bytes:
+def _pool(loaded: LoadedModel, options: EngineOptions, blocks: BlockManager, cache: KVCache) -> AdapterPool:
+    """In blocks of the K/V cache, of which it may have none (--adapter-memory 0)."""
+    base, wanted, most = loaded.base, options.adapter_bytes(), options.adapter_bytes() // cache.block_bytes
+    source = BlockPages(cache, blocks, most, options.adapter_page_rows * base.hidden_size)
+    least = -(-_pages(base, 1, source.page_elements) // source.unit_pages)
+    if wanted and most < least:
         raise ModelRefused(
             f"--adapter-memory {wanted} holds no adapter of this model: one of rank 1 at every linear layer takes "
-            f"{pages} pages of {page_bytes} bytes; give at least {pages * page_bytes}, or 0 to serve the model alone"
+            f"{least} blocks of {cache.block_bytes} bytes; give at least {least * cache.block_bytes}, or 0 to serve "
+            "the model alone"
         )
-    return AdapterPool(wanted or page_bytes, page_elements, base.dtype, base.device)
+    pool = blocks.borrower = AdapterPool(source)
+    return pool
 
 
 def _pages(model: BaseModel, rank: int, page_elements: int) -> int:

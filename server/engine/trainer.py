@@ -149,6 +149,11 @@ class Trainer:
         """Jobs that have no place in the adapter pool yet, and why."""
         return {job.job_id: job.waits for job in self._jobs.values() if job.waits is not None}
 
+    @property
+    def lacks(self) -> int:
+        """Blocks that a job's training copy waits for."""
+        return self._copies.lacks
+
     def works(self) -> tuple[JobWork, ...]:
         """What the jobs that train still have to run beyond the sweeps under way."""
         return works(self._jobs.values(), self._shares.weight, self._options.window(), self._model.layer_count)

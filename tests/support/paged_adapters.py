@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coserve.kernels.lora import LoraSegment, PageTable, RowRange, reference
 from coserve.server.engine.adapter_pool import AdapterPool
+from coserve.server.engine.page_source import OwnPages
 
 
 @dataclass
@@ -40,10 +41,10 @@ class PagedAdapters:
             self.pairs.append(weights)
         elements = [t.numel() for w in self.pairs for p in w.values() for t in (p.a, p.b)]
         pages = sum(-(-n // page_elements) for n in elements)
-        pool = AdapterPool((2 * pages + 2) * page_elements * dtype.itemsize, page_elements, dtype, device)
+        source = OwnPages(2 * pages + 2, page_elements, dtype, device)
         # Every other page is taken, so that no list of pages is consecutive.
-        for page in pool._pages._allocator.allocate(pool.num_pages)[::2]:
-            pool._pages._allocator.free(page)
+        source.give(source.take([source.most_units]).units[::2])
+        pool = AdapterPool(source)
         for key, weights in zip(self.keys, self.pairs, strict=True):
             pool.load(key, weights, pinned=True, fold_scaling=False)
         self.pool, self.page_elements = pool, page_elements

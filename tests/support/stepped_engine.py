@@ -20,10 +20,11 @@ from coserve.server.engine.checking import FolderCheck
 from coserve.server.engine.holdings import Holdings
 from coserve.server.engine.intake import Intake
 from coserve.server.engine.iterations import IterationLog
-from coserve.server.engine.kv_cache import KVCache
+from coserve.server.engine.kv_cache import KVCache, block_bytes
 from coserve.server.engine.live_sweeps import LiveSweeps
 from coserve.server.engine.loop import Engine
 from coserve.server.engine.options import EngineOptions
+from coserve.server.engine.page_source import BlockPages
 from coserve.server.engine.prefix_cache import BlockManager
 from coserve.server.engine.requests import RequestBook
 from coserve.server.engine.runner import Runner
@@ -63,15 +64,18 @@ class SteppedEngine:
         self.data_dir = data_dir
         self.model = model = engine_model(architecture, torch.float32, backend=backend, device=device)
         self.socket = SentMessages(str(data_dir / "e.sock"))
-        self.pool = AdapterPool(pool_bytes, 8 * model.hidden_size, torch.float32, device)
+        shapes = layer_shapes(model)
+        pool_blocks = pool_bytes // block_bytes(shapes, 16, torch.float32)
+        manager = BlockManager(blocks + activation_blocks + pool_blocks, 16)
+        self.cache = cache = KVCache(
+            shapes, manager.num_blocks, 16, torch.float32, device, scratch=model.backend.captures
+        )
+        self.pool = manager.borrower = AdapterPool(BlockPages(cache, manager, pool_blocks, 8 * model.hidden_size))
         loader = AdapterLoader(lambda path: self.pool.image_of(read_folder(path, model.sites, DIGEST)[1]), 0)
         self.adapters = AdapterBook(self.pool, loader, data_dir)
-        self.requests = RequestBook(BlockManager(blocks + activation_blocks, 16), 1.0, 1.0)
+        self.requests = RequestBook(manager, 1.0, 1.0)
         values = {"model": "base", "data_dir": data_dir, "socket_path": "", "dtype": "float32", **options}
         blocks += activation_blocks
-        self.cache = cache = KVCache(
-            layer_shapes(model), blocks, 16, torch.float32, device, scratch=model.backend.captures
-        )
         engine_options = EngineOptions(**values)
         live = LiveSweeps(model, engine_options, self.requests.blocks, cache, activation_blocks or blocks)
         scheduler = Scheduler(SchedulerConfig(itl_seconds=itl))

@@ -174,8 +174,10 @@ def _kv_cache(loaded: LoadedModel, options: EngineOptions) -> tuple[BlockManager
             f"{bytes_each} bytes of this model; give at least {bytes_each * (longest + scratch)} for one full context"
         )
     if count < longest:
-        log.warning("--kv-memory holds %d tokens, less than one context of %d: longer sequences need "
-                    "memory of training and adapters, or are refused", count * options.block_size, loaded.max_model_len)  # fmt: skip
+        log.warning(
+            "--kv-memory holds %d tokens, less than one context of %d: longer sequences need memory of training and "
+            "adapters, or are refused", count * options.block_size, loaded.max_model_len,
+        )  # fmt: skip
     # One memory: generation may use all of it, training and adapters their parts at the most.
     count += for_training + for_adapters
     manager = BlockManager(count, options.block_size)

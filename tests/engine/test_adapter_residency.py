@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from peft_oracle import assert_greedy_equal, oracle_model, prompt, save_adapter
-from stepped_engine import SteppedEngine
+from stepped_engine import ONE_ADAPTER, SteppedEngine
 from tiny_models import save_tiny_model
 
 from coserve.server.wire.messages import (
@@ -61,7 +61,7 @@ def test_a_disk_that_fails_is_told_from_an_adapter_that_will_never_do(tmp_path, 
 
 def test_a_preempted_request_gives_its_adapters_place_up_and_takes_it_again(tmp_path):
     save_adapter(tmp_path / "a", "llama", 4, seed=1)
-    engine = SteppedEngine(tmp_path, blocks=14)
+    engine = SteppedEngine(tmp_path, blocks=14, pool_bytes=ONE_ADAPTER)
     ref = engine.ref("a")
     engine.submit("old", prompt(60, 1), max_tokens=60)
     engine.submit("new", prompt(60, 2), ref, max_tokens=100)
@@ -69,7 +69,8 @@ def test_a_preempted_request_gives_its_adapters_place_up_and_takes_it_again(tmp_
     engine.until(lambda: new.output)
     assert engine.pool.in_flight(ref.digest) == 2, "the running request, and the place kept for who waits for it"
     engine.until(lambda: new.blocks is None)
-    assert engine.pool.in_flight(ref.digest) == 0 and not new.acquired
+    assert not new.acquired
+    engine.until(lambda: engine.pool.in_flight(ref.digest) == 0)
     # Somebody more urgent may have the place; the version itself stays on the disk as long as the request is there.
     engine.pool.unload(ref.digest)
     engine.intake._handlers[DropAdapter](DropAdapter(7, ref.digest))

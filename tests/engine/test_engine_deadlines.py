@@ -28,7 +28,7 @@ def failures(engine: SteppedEngine) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "planned ahead"])
 def test_a_queued_and_a_running_one_end_with_the_next_iteration(tmp_path, ahead):
     # 13 blocks: the queued prompt has no room beside the two that run.
-    engine = SteppedEngine(tmp_path, blocks=13, ahead=ahead)
+    engine = SteppedEngine(tmp_path, blocks=13, pool_bytes=0, ahead=ahead)
     engine.submit("stays", prompt(60, 1), max_tokens=30)
     engine.submit("late", prompt(60, 2), max_tokens=60)
     engine.until(lambda: engine.tokens("late"))
@@ -56,7 +56,7 @@ def test_an_engine_with_nothing_else_ends_them_too_and_goes_on(tmp_path):
 
 
 def test_a_cancelled_one_is_gone_before_the_next_plan_queued_or_running(tmp_path):
-    engine = SteppedEngine(tmp_path, blocks=13, ahead=True)
+    engine = SteppedEngine(tmp_path, blocks=13, pool_bytes=0, ahead=True)
     engine.submit("runs", prompt(60, 1), max_tokens=60)
     engine.submit("stays", prompt(60, 2), max_tokens=20)
     engine.until(lambda: engine.tokens("stays"))

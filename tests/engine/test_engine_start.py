@@ -11,8 +11,10 @@ from tiny_models import save_tiny_model
 
 from coserve.scheduler import SchedulerConfig
 from coserve.server.config import resolve_settings, write_process_settings
+from coserve.server.engine.adapter_pool import AdapterPool
 from coserve.server.engine.load import LoadedModel, ModelRefused
 from coserve.server.engine.options import EngineOptions
+from coserve.server.engine.prefix_cache import BlockManager
 from coserve.server.engine.shapes import layer_windows
 from coserve.server.engine.start import _kv_cache, _pool, build_engine
 from coserve.server.wire.lifeline import Heartbeat
@@ -77,11 +79,18 @@ def test_memory_for_no_block_is_refused_with_what_a_context_takes(tmp_path, load
 
 
 def test_memory_for_no_adapter_is_refused_with_what_the_smallest_takes(tmp_path, loaded):
-    page = 8 * 64 * 4  # rank rows, hidden size, float32
-    least = 3 * 7 * 2 * page  # A and B of rank 1 at every linear layer take a page each
+    block = 16 * 3 * 2 * 2 * 16 * 4  # as above: six pages of 8 rank rows of the hidden size
+    least = 7 * block  # A and B of rank 1 at 3 * 7 linear layers take a page each
     options = partial(EngineOptions, "base", tmp_path, str(tmp_path / "e.sock"), device="cpu", kv_memory=2**20)
     told = refusal(loaded, options(adapter_memory=least - 1))
-    assert f"--adapter-memory {least - 1} holds no adapter" in told and f"42 pages of {page} bytes" in told
+    assert f"--adapter-memory {least - 1} holds no adapter" in told and f"takes 7 blocks of {block} bytes" in told
     assert f"give at least {least}, or 0" in told
-    assert _pool(loaded, options(adapter_memory=least)).num_pages == 42
-    assert _pool(loaded, options(adapter_memory=0)).num_pages == 1, "the model alone"
+
+    def pool(adapter_memory: int) -> tuple[AdapterPool, BlockManager]:
+        chosen = options(adapter_memory=adapter_memory)
+        blocks, cache = _kv_cache(loaded, chosen)
+        return _pool(loaded, chosen, blocks, cache), blocks
+
+    (some, beside), (none, alone) = pool(least), pool(0)
+    assert (some.num_pages, none.num_pages) == (42, 0), "0: the model alone"
+    assert beside.num_blocks == alone.num_blocks + 7, "generation may have them, too"

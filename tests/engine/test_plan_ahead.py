@@ -10,7 +10,7 @@ import torch
 from engine_process import write_job
 from peft_oracle import assert_greedy_equal, generate, oracle_model, prompt, training_rows
 from safetensors.torch import load_file
-from stepped_engine import DIGEST, SteppedEngine
+from stepped_engine import DIGEST, ONE_ADAPTER, SteppedEngine
 from tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,7 +60,10 @@ def trained(engine: SteppedEngine) -> dict[str, torch.Tensor]:
 def test_tokens_weights_and_books_are_those_of_an_engine_that_waits(tmp_path, oracle):
     ids = {name: prompt(length, length) for name, length in LENGTHS.items()}
     stop = generate(oracle, ids["stops"], 12)[-1]
-    engines = {ahead: SteppedEngine(folder(tmp_path, str(ahead)), blocks=13, ahead=ahead) for ahead in (False, True)}
+    engines = {
+        ahead: SteppedEngine(folder(tmp_path, str(ahead)), blocks=8, pool_bytes=ONE_ADAPTER, ahead=ahead)
+        for ahead in (False, True)
+    }
     said = {ahead: run(engine, ids, stop) for ahead, engine in engines.items()}
     for name, tokens in said[True].items():
         assert_greedy_equal(oracle, ids[name], tokens)

@@ -10,7 +10,7 @@ import torch
 from engine_process import write_job
 from peft_oracle import assert_greedy_equal, oracle_model, prompt, training_rows
 from safetensors.torch import load_file
-from stepped_engine import DIGEST, SteppedEngine
+from stepped_engine import DIGEST, ONE_ADAPTER, SteppedEngine
 from tiny_models import save_tiny_model
 
 from coserve.server.engine.activation_store import ActivationStore
@@ -43,7 +43,10 @@ def engine_with_a_step(folder: Path, streams: dict[str, int], activations: str, 
     """Long streams come when a step has come `turns` units far; runs to the end of all."""
     folder.mkdir()
     # Iterations hold a unit or two, so that a step lasts for many of them.
-    engine = SteppedEngine(folder, blocks=20, activation_blocks=130, itl=2e-3, activations=activations, train_window=16)
+    engine = SteppedEngine(
+        folder, blocks=20, activation_blocks=130, pool_bytes=ONE_ADAPTER, itl=2e-3, activations=activations,
+        train_window=16,
+    )  # fmt: skip
     write_job(folder, "job", DIGEST, training_rows(16), batch_size=16, n_epochs=2)
     engine.trainer.start("job")
     done = 0

@@ -38,6 +38,7 @@ from coserve.server.wire.sync import EngineSocket
 
 AHEAD = os.environ.get("COSERVE_TEST_PLAN_AHEAD") == "1" or None  # as on a GPU: any test may be run in this way
 DIGEST = "b" * 64
+ONE_ADAPTER = 7 * 12_288  # bytes: blocks of one of rank 4 or less at every linear layer of Llama, for `pool_bytes`
 
 
 class SentMessages(EngineSocket):
@@ -53,8 +54,8 @@ class SentMessages(EngineSocket):
 
 
 class SteppedEngine:
-    """Llama at toy size in float32. Bytes of the pool, blocks of 16 tokens: `activation_blocks` of them more for
-    training, or none, and then it may have them all."""
+    """Llama at toy size in float32. Blocks of 16 tokens: `activation_blocks` of them more for training, or none, and
+    then it may have them all; and more for adapters, `pool_bytes` together."""
 
     def __init__(
         self, data_dir: Path, *, blocks: int = 64, activation_blocks: int = 0, pool_bytes: int = 2**20,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
 import pytest
-from peft_oracle import assert_greedy_equal, oracle_model, prompt, save_adapter
-from stepped_engine import ONE_ADAPTER, SteppedEngine
+from engine_process import write_job
+from peft_oracle import assert_greedy_equal, oracle_model, prompt, save_adapter, training_rows
+from stepped_engine import DIGEST, ONE_ADAPTER, SteppedEngine
 from tiny_models import save_tiny_model
 
 from coserve.server.wire.messages import (
@@ -84,6 +86,57 @@ def test_a_preempted_request_gives_its_adapters_place_up_and_takes_it_again(tmp_
     assert len(got) == 100
     model = oracle_model(save_tiny_model(tmp_path / "model", "llama"), tmp_path / "a")
     assert_greedy_equal(model, prompt(60, 2), got)
+
+
+def test_streams_take_an_idle_adapters_memory_and_it_comes_back_the_same(tmp_path):
+    save_adapter(tmp_path / "a", "llama", 4, seed=1)
+    engine = SteppedEngine(tmp_path, blocks=10, pool_bytes=ONE_ADAPTER)
+    ref = engine.ref("a")
+    engine.submit("first", prompt(20, 1), ref)
+    engine.until(lambda: not len(engine.requests))
+    assert engine.pool.resident() == [ref.digest]
+    engine.submit("long", prompt(40, 2), max_tokens=200)  # 15 of 17 blocks
+    engine.until(lambda: not len(engine.requests))
+    assert engine.pool.resident() == [] and engine.counters["coserve_preemptions_total"] == 0
+    engine.submit("again", prompt(20, 1), ref)
+    engine.until(lambda: not len(engine.requests))
+    model = oracle_model(save_tiny_model(tmp_path / "model", "llama"), tmp_path / "a")
+    for name in ("first", "again"):
+        assert_greedy_equal(model, prompt(20, 1), engine.tokens(name))
+    assert len(engine.tokens("again")) == 16 and len(engine.tokens("long")) == 200
+    engine.requests.blocks.check([], [resident.units for resident in engine.pool._residents])
+
+
+@pytest.mark.parametrize("whose", ["a request's", "a job's"])
+def test_an_adapter_that_waits_for_memory_gets_it_from_streams_that_never_stop_coming(tmp_path, whose):
+    save_adapter(tmp_path / "a", "llama", 4, seed=1)
+    write_job(tmp_path, "job", DIGEST, training_rows(4), batch_size=4)
+    engine = SteppedEngine(tmp_path, blocks=30, pool_bytes=ONE_ADAPTER)
+    ref, sent, waited = engine.ref("a"), 0, []
+
+    def keep_busy() -> bool:
+        """More requests of the base model than all of the memory holds, always."""
+        nonlocal sent
+        while len(engine.requests) < 16:
+            engine.submit(f"r{sent}", prompt(40, sent), max_tokens=20 + sent % 30)
+            sent += 1
+        waited.append(engine.engine._outlook.now().adapter_blocks)
+        return sent > 24
+
+    # They hold memory that adapters may have.
+    engine.until(lambda: keep_busy() and engine.requests.blocks.free_blocks < 7)
+    if whose == "a job's":
+        engine.trainer.start("job")
+        engine.until(lambda: keep_busy() and not engine.trainer.job_ids, seconds=10)
+        assert json.loads((tmp_path / "jobs/job/events.jsonl").read_text().splitlines()[-1])["kind"] == "finished"
+    else:
+        engine.submit("a", prompt(20, 1), ref)
+        engine.until(lambda: keep_busy() and engine.requests.get("a") is None, seconds=10)
+        assert len(engine.tokens("a")) == 16
+    assert max(waited) >= 7, "it had to wait"
+    assert engine.counters["coserve_preemptions_total"] == 0, "and nobody stepped back for it"
+    engine.until(lambda: not len(engine.requests))
+    engine.pool.check()
 
 
 def test_a_large_adapter_gets_its_turn_among_small_ones_that_never_stop(tmp_path):

@@ -16,7 +16,9 @@ its tenant's share is used up takes those of the last one of its own tenant.
 Prompts. Running ones get what blocks are left, in order. A waiting one is admitted when its *whole* prompt fits beside
 what the running prompts still need and what all streams are expected to grow by (`spare`); otherwise none behind it is
 admitted either. So admitted prompts finish without taking blocks from each other. One that does not fit its tenant's
-share keeps back its own tenant only.
+share keeps back its own tenant only. Where adapters lie in the same blocks, a prompt needs those of an idle one that it
+wakes as well, and leaves those that another one waits for: running requests use them all the same, so streams must end
+before it is loaded, but nobody new takes their place. Who is kept back only by that is told so.
 
 Adapters. A waiting request whose adapter is not on the device, or whose adapter would be one too many, is passed over
 and blocks nobody, until it has been kept out *by residency* for `drain_after` seconds: from then on the first such
@@ -49,7 +51,9 @@ BLOCKS = "waiting for K/V memory"
 SHARE = "waiting for your own requests: they hold all of your share of the K/V memory"
 CROWD = "waiting for your own requests: more at once would delay other tenants"
 LOADING = "waiting for its adapter to be loaded"
+ADAPTER_DUE = "waiting for K/V memory: an adapter is due it"
 RESIDENCY = "waiting for room for its adapter: those in use fill the adapter memory"
+ROOM = "waiting for memory for its adapter: what becomes free goes to it"
 PAGES = "waiting for your own adapters: they hold all of your share of the adapter memory"
 TURN = "waiting for the prompts before it"
 
@@ -187,7 +191,8 @@ class _Queue:
             need = self.room.needed(r, r.total_tokens)
             if not self._may_use_adapter(r, idle, blocked):
                 continue
-            if need > self.room.share(r.tenant) or (idle and need > self.room.free + self.room.kept):
+            whole = need + self.room.wakes(r)
+            if need > self.room.share(r.tenant) or (idle and whole > self.room.free + self.room.kept):
                 self.unservable.append(r.request_id)
                 continue
             own = need + self._own_reserve(r, alive) <= self.room.left_of_share(r.tenant)
@@ -195,11 +200,14 @@ class _Queue:
                 self.kept_back[r.tenant] = CROWD if own else SHARE
                 self._lineup.shut(r.tenant)
                 continue
-            if self._left <= 0 or places <= 0 or not spare.admit(r, need, idle and need <= self.room.free):
-                self.closed_by = PLACES if places <= 0 else TURN if self._left <= 0 else BLOCKS
+            if self._left <= 0 or places <= 0:
+                self.closed_by = PLACES if places <= 0 else TURN
+                break
+            if not spare.admit(r, whole, idle):
+                self.closed_by = ADAPTER_DUE if spare.is_due(r, whole, idle) else BLOCKS
                 break
             places -= 1
-            self.begun += need + (0 if self.begun else spare.reserve)
+            self.begun += whole + (0 if self.begun else spare.reserve)
             self._crowd.admit(r.tenant)
             self.room.claim(r, need)
             self._chunk(r)
@@ -246,8 +254,9 @@ class _Queue:
                     self._claim, self._claims_room = r.adapter, r.adapter_kept_out
         if has_pages and has_place and r.adapter_ready:
             return True
-        full = not has_place or r.adapter_kept_out
-        self.kept_back[r.request_id] = PAGES if not has_pages else RESIDENCY if full else LOADING
+        full = ROOM if r.adapter_kept_out and self.room.due else RESIDENCY
+        waits = full if r.adapter_kept_out or not has_place else LOADING
+        self.kept_back[r.request_id] = waits if has_pages else PAGES
         return False
 
     def _remember(self, blocked: dict[str, float]) -> None:

@@ -1,13 +1,16 @@
 """What training holds of the memory: what it gives back for requests, how, and when it gets it again.
 
-It may assume that placed sweeps and running requests hold blocks of one store, and that admission counts what it takes
-or counts on. It never decides which requests run, and never plans more blocks than there are, in all or for training.
+It may assume that placed sweeps, running requests and their adapters hold blocks of one store, and that admission
+counts what it takes or counts on. It never decides which requests run, and never plans more blocks than there are, in
+all or for training.
 
 *Give back.* Requests are planned as if all that training may give back were free; what they then use beyond the free
 blocks is the shortage. If only waiting prompts are short and a step that ends in time for the first of them would cover
 it, nothing is taken. Else sweeps fall back to "recompute", if that is enough; else as few as possible are parked, and
 others fall back. Low priority goes first, then the most-served tenant, then the newest. So nobody is preempted while a
-sweep could give way.
+sweep could give way. What an adapter waits for is short in the same way, if training holds enough for it and no request
+steps back: streams that hold the rest go on. Such an adapter waits for a step's end as long as nobody who waits would
+be late for it, and no sweep is placed into its blocks.
 
 *Take.* A sweep is placed when it fits beside what prompts wait for and two blocks more a running request: the
 least-served tenant's first, normal priority before low, then the older; whoever has waited for eight times
@@ -26,7 +29,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
 
-from coserve.scheduler.admission import BLOCKS, Admission
+from coserve.scheduler.admission import ADAPTER_DUE, BLOCKS, Admission
 from coserve.scheduler.config import SchedulerConfig
 from coserve.scheduler.device_cost import row_seconds
 from coserve.scheduler.fairness import FairShare
@@ -76,7 +79,11 @@ class Standing:
     @property
     def without_giving(self) -> Stock:
         """What requests may count on if training keeps what it has."""
-        return Stock(self.stock.free - self.givable, self.placed_blocks)
+        return Stock(self.stock.free - self.givable, self.placed_blocks, due=self.stock.due)
+
+    def due(self, admission: Admission) -> int:
+        """Blocks that training is to give, if it must, to the adapter that waits."""
+        return self.stock.due if self.stock.due <= admission.left and not admission.preempt else 0
 
 
 def waits(state: SchedulerState) -> dict[int, str]:
@@ -129,20 +136,31 @@ class MemoryPolicy:
             self._forget(state)
         placed += protected
         claimant = self._claimant(state, waiting) if waiting and len(waiting) == len(state.sweeps) else None
-        free = state.free_blocks + placed - protected
-        stock = Stock(free, protected, STEP_DUE if claimant is not None else None)
+        free, due = state.free_blocks + placed - protected, state.adapter_blocks
+        if due > free + protected and not any(r.running for r in state.requests):
+            due = 0  # nothing that ends would give it as much: it may not keep others back
+        stock = Stock(free, protected, due, STEP_DUE if claimant is not None else None)
         return Standing(stock, tuple(ready), tuple(waiting), placed, claimant)
 
     def lets_end(self, state: SchedulerState, standing: Standing, admission: Admission, model: LatencyModel) -> bool:
         """Whether those of `admission`, made for all of the stock, that lack blocks can wait for the end of a step."""
-        shortage = standing.givable - admission.left
+        due = standing.due(admission)
+        shortage = standing.givable - admission.left + due
         if shortage <= 0 or not standing.ready or admission.preempt:
             return False
-        prompts = [c.request for c in admission.candidates if not c.request.running]
-        if shortage > admission.begun or not prompts:
+        if shortage > admission.begun + due:
             return False  # streams or running prompts lack some of them
+        # An adapter keeps back whoever waits.
+        prompts = state.requests if due else [c.request for c in admission.candidates]
         row = row_seconds(model)
-        slack = min(r.ttft_deadline - state.now - (r.total_tokens - r.computed_tokens) * row for r in prompts)
+        slack = min(
+            [
+                r.ttft_deadline - state.now - (r.total_tokens - r.computed_tokens) * row
+                for r in prompts
+                if not r.running
+            ],
+            default=inf,
+        )
         return any(
             s.blocks >= shortage and sweep_seconds(model, s, self._head_rows) <= slack for s in state.sweeps if s.placed
         )
@@ -154,20 +172,21 @@ class MemoryPolicy:
         """`admission`: made for all of the stock; `behind`: prompts that nothing but those before them kept back."""
         if not standing.ready and not standing.waiting:
             return Moves(state.sweeps)
-        left = admission.left - standing.givable
+        left, due = admission.left - standing.givable, standing.due(admission)
         park: tuple[int, ...] = ()
         lean: tuple[int, ...] = ()
         place: tuple[int, ...] = ()
-        if left < 0:
-            park, lean = _give_back([*_in_turn(standing.ready, share)][::-1], -left)
+        if left < due:
+            park, lean = _give_back([*_in_turn(standing.ready, share)][::-1], due - left)
             self._parks = {**self._parks, **{i: self._parks.get(i, 0) + 1 for i in park}}
         elif admission.preempt:
             pass  # what a request gives back is for requests
         elif standing.claimant is not None:
-            if standing.claimant.blocks <= left:
+            if standing.claimant.blocks <= left - standing.stock.due:
                 self.protected = standing.claimant.sweep_id
                 place = (self.protected,)
-        elif standing.waiting and admission.closed_by != BLOCKS:
+        elif standing.waiting and admission.closed_by not in (BLOCKS, ADAPTER_DUE):
+            left -= standing.stock.due
             place = tuple(self._take(state, standing, left, _wanted(state, admission, behind), share))
         return Moves(runnable(state.sweeps, park, place), park, lean, place)
 
@@ -192,7 +211,10 @@ class MemoryPolicy:
         late = [s for s in waiting if _since(s, state) <= due]
         if not late:
             return None
-        most = min(state.activation_blocks, state.free_blocks + sum(r.blocks_held for r in state.requests if r.running))
+        running = [r for r in state.requests if r.running]
+        adapters = {r.adapter: r.blocks_adapter for r in running}
+        held = sum(r.blocks_held for r in running) + sum(adapters.values())
+        most = min(state.activation_blocks, state.free_blocks + held)
         return min((s for s in late if s.blocks <= most), key=lambda s: _since(s, state), default=None)
 
     def _take(
@@ -266,7 +288,7 @@ def _wanted(state: SchedulerState, admission: Admission, behind: Iterable[Reques
 
 
 def _blocks(request: RequestState, size: int) -> int:
-    return max(0, -(-request.total_tokens // size) - request.blocks_held)
+    return max(0, -(-request.total_tokens // size) - request.blocks_held) + request.blocks_adapter
 
 
 def _since(sweep: SweepState, state: SchedulerState) -> float:

@@ -50,13 +50,13 @@ class Forecast:
     mean: Array
     variance: Array
 
-    def admit(self, request: RequestState) -> bool:
-        """Whether there is room for one more, which from then on is one of them."""
+    def admit(self, request: RequestState, besides: int = 0) -> bool:
+        """Whether there is room for one more, which from then on is one of them, and for as many blocks `besides`."""
         mean, variance = self.outputs.needs((request,), self.size)
         mean, variance = self.mean + mean, self.variance + variance
-        if (mean + self.outputs.surprise * np.sqrt(variance) > self.free).any():
+        if (mean + self.outputs.surprise * np.sqrt(variance) > self.free - besides).any():
             return False
-        self.mean, self.variance = mean, variance
+        self.mean, self.variance, self.free = mean, variance, self.free - besides
         return True
 
 

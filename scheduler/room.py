@@ -23,16 +23,17 @@ class Stock:
 
     free: int  # of nobody, with what training would give back
     kept: int = 0  # by training, for now: a request that lacks no more than these is not too large
+    due: int = 0  # of these, to an adapter that waits for them: whoever runs may use them, nobody else
     closed: str | None = None  # why no prompt is admitted; None: prompts are
 
 
 class Room:
-    __slots__ = ("_adapters", "_limits", "_max_adapters", "_pages", "_used", "free", "granted", "kept", "size")
+    __slots__ = ("_adapters", "_limits", "_max_adapters", "_pages", "_used", "due", "free", "granted", "kept", "size")
 
     def __init__(self, state: SchedulerState, running: Sequence[RequestState], stock: Stock) -> None:
         self.free = stock.free  # never negative
         self.granted = 0  # blocks that were free and are no longer
-        self.kept = stock.kept
+        self.kept, self.due = stock.kept, stock.due
         self.size = state.block_size
         self._max_adapters = state.max_adapters
         self._limits = state.limits
@@ -85,8 +86,13 @@ class Room:
 
     # ------------------------------------------------------------------ adapters
 
+    def wakes(self, request: RequestState) -> int:
+        """Blocks that count as free and are its idle adapter's once it runs."""
+        return 0 if request.adapter in self._adapters else request.blocks_adapter
+
     def use(self, request: RequestState) -> None:
         if request.adapter is not None:
+            self.free -= self.wakes(request)
             self._adapters[request.adapter] = None
             if request.tenant in self._limits:
                 self._pages.setdefault(request.tenant, {})[request.adapter] = request.adapter_pages

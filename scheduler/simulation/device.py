@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from coserve.scheduler.features import ForwardLoad
 from coserve.scheduler.simulation.cards import Card
+from coserve.scheduler.simulation.residency import Residency
 from coserve.scheduler.simulation.streams import Stream, Sweep, products, require
 from coserve.scheduler.state import (
     BackwardUnit,
@@ -48,7 +49,6 @@ class Device:
     done: list[Stream] = field(default_factory=list)
     expired: list[Stream] = field(default_factory=list)
     done_sweeps: list[Sweep] = field(default_factory=list)
-    resident: dict[str, float] = field(default_factory=dict)  # adapter -> last use
     gaps: list[float] = field(default_factory=list)  # between tokens of streams that were never preempted
     admissions: list[str] = field(default_factory=list)
     limits: dict[str, TenantLimit] = field(default_factory=dict)
@@ -57,10 +57,18 @@ class Device:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self._windows = Counter(self.card.windows or (None,))  # how many layers have each
+        self.resident = Residency(self.max_adapters)
 
     @property
     def free(self) -> int:
-        return self.blocks - self.reserved - sum(s.blocks for s in self.streams) - self.activations
+        """Blocks of nobody, those of idle adapters among them."""
+        adapters = self.resident.blocks(self.used) if self.resident.sizes else 0
+        return self.blocks - self.reserved - sum(s.blocks for s in self.streams) - adapters - self.activations
+
+    @property
+    def used(self) -> set[str]:
+        """Adapters of running requests."""
+        return {s.adapter for s in self.streams if s.running and s.adapter is not None}
 
     @property
     def activations(self) -> int:
@@ -78,6 +86,7 @@ class Device:
             max_adapters=self.max_adapters,
             limits=self.limits,
             activation_blocks=self.activation_blocks,
+            adapter_blocks=self.resident.due,
         )
 
     def cancel(self, name: str) -> None:
@@ -107,7 +116,9 @@ class Device:
             ttft_deadline=s.arrived + s.ttft,
             itl_deadline=None if s.last_token is None else s.last_token + (s.itl or self.itl),
             running=s.running,
+            blocks_adapter=self.resident.blocks_of(s.adapter),
             adapter_pages=self._pages(s.adapter),
+            adapter_kept_out=s.adapter is not None and s.adapter == self.resident.kept_out,
             most_output=s.most,
             deadline=s.deadline,
         )
@@ -116,18 +127,10 @@ class Device:
         return 0 if adapter is None else self.pages.get(adapter, 1)
 
     def load_adapter(self, wanted: tuple[str, ...]) -> bool:
-        """Load the most urgent missing adapter, evicting one that is not wanted; False if all are there."""
-        require(len(wanted) <= self.max_adapters, "more adapters are wanted than there are places")
-        missing = [a for a in wanted if a not in self.resident]
-        if not missing:
-            return False
-        if len(self.resident) >= self.max_adapters:
-            idle = [a for a in self.resident if a not in wanted]
-            used = {s.adapter for s in self.streams if s.running}
-            require(not used & set(idle), "an adapter in use is not wanted")
-            del self.resident[min(idle, key=lambda a: self.resident[a])]
-        self.resident[missing[0]] = self.now
-        return True
+        """Load the most urgent missing adapter, evicting idle ones; False if all are there, or if it must wait. Where
+        adapters lie in blocks: to be called right before `state`, which tells what it waits for."""
+        running, most = sum(s.running for s in self.streams), self.blocks - self.reserved
+        return self.resident.load(wanted, self.used, self.free, most, running, self.now)
 
     # ------------------------------------------------------------------ costs, without noise
 
@@ -205,6 +208,7 @@ class Device:
         parts = self.parts(plan)
         produced = self._decode(plan.decodes) + self._prefill(plan.prefills)
         self._check_residency()
+        self.resident.evict(plan.adapters, self.used, self.free)
         self._train(plan)
         quiet = sum(parts.values()) + self.card.overhead
         seconds = self.disturbed(quiet) * self.slowdown
@@ -261,6 +265,7 @@ class Device:
             require(0 < p.tokens <= s.total - s.computed, f"{s.name} has no {p.tokens} tokens to run")
             if not s.running:
                 s.running = True
+                require(self.free >= 0, f"the adapter of {s.name} is used over the blocks")
                 if s.admitted_at is None:
                     s.admitted_at = self.now
                     self.admissions.append(s.name)
@@ -270,16 +275,16 @@ class Device:
     def _check_residency(self) -> None:
         running = [s for s in self.streams if s.running]
         require(len(running) <= self.max_running, "more requests run than there are places")
-        used = {s.adapter for s in running if s.adapter is not None}
+        used = self.used
         require(len(used) <= self.max_adapters, "more adapters are used than there are places")
-        require(used <= set(self.resident), "an adapter is used that is not resident")
+        require(all(a in self.resident for a in used), "an adapter is used that is not resident")
         for tenant, limit in self.limits.items():
             own = [s for s in running if s.tenant == tenant]
             blocks, pages = sum(s.blocks for s in own), len({s.adapter for s in own} - {None})
             require(limit.blocks is None or blocks <= limit.blocks, f"{tenant} holds more blocks than its share")
             require(limit.adapter_pages is None or pages <= max(1, limit.adapter_pages), f"{tenant} uses more pages")
         for a in used:
-            self.resident[a] = self.now
+            self.resident.last_use[a] = self.now
 
     def _train(self, plan: Plan) -> None:
         sweeps = {s.number: s for s in self.sweeps}

@@ -5,39 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from scheduler_states import chunks, prompt, request, state, stream, sweep
+from scheduler_states import chunks, prompt, request, step, stream, there, worked_on
 
 from coserve.scheduler import Scheduler, SchedulerConfig
 from coserve.scheduler.admission import BLOCKS
 from coserve.scheduler.memory import REQUESTS_HOLD, STEP_DUE, STEPS_HOLD, TOO_LARGE
-from coserve.scheduler.state import Plan, RequestState, SchedulerState, SweepJob, SweepState
+from coserve.scheduler.state import Plan, RequestState, SchedulerState, SweepState
 
 CONFIG = SchedulerConfig(itl_seconds=1e6)
 CLAIM = CONFIG.memory_claim_after
 NEEDY = stream("s1", 33, blocks=2)  # its next token needs a block
 
 
-def step(number: int, blocks: int, lean: int | None = None, tenant: str = "t", priority: str = "normal",
-         since: float | None = None, **changes: object) -> SweepState:  # fmt: skip
-    """A sweep half-way through its forward; not placed if it has waited since `since`."""
-    return sweep(
-        number, jobs=(SweepJob(f"j{number}", tenant, 1.0, priority),), blocks=blocks, forward_tokens=100,
-        lean_blocks=blocks if lean is None else lean, placed=since is None, unplaced_since=since, **changes,
-    )  # fmt: skip
-
-
-def there(*who: RequestState | SweepState, activations: int = 1000, **changes: object) -> SchedulerState:
-    requests = [w for w in who if isinstance(w, RequestState)]
-    sweeps = tuple(w for w in who if isinstance(w, SweepState))
-    return replace(state(*requests, **changes), sweeps=sweeps, activation_blocks=activations)
-
-
 def plan(*who: RequestState | SweepState, **changes: object) -> Plan:
     return Scheduler(CONFIG).plan(there(*who, **changes))
-
-
-def worked_on(made: Plan) -> set[int]:
-    return {r.sweep_id for r in made.rides} | {u.sweep_id for u in made.units}
 
 
 # --------------------------------------------------------------------------- give back

@@ -28,7 +28,7 @@ def device(**changes: object) -> Device:
         Sweep(0, 100, 40, window=32, head_steps=4, forwarded=64, partial=32, partial_layer=2),
         Sweep(1, 64, 10, window=32, head_steps=4, forwarded=64, headed=10),
     ]
-    made.resident = {"a": 0.0}
+    made.resident.last_use = {"a": 0.0}
     return made
 
 
@@ -89,7 +89,7 @@ def test_blocks_places_and_residency_are_limits() -> None:
     with pytest.raises(BrokenPlan, match="more requests run"):
         d.run(Plan(prefills=(Prefill("w", 8), Prefill("x", 4))))
     d = device()
-    d.resident = {"b": 0.0}
+    d.resident.last_use = {"b": 0.0}
     with pytest.raises(BrokenPlan, match="not resident"):
         d.run(Plan(prefills=(Prefill("w", 8),)))
     with pytest.raises(BrokenPlan, match="more adapters are wanted"):

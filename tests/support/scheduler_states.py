@@ -78,8 +78,30 @@ def sweep(number: int = 0, **changes: object) -> SweepState:
     return replace(base, **changes)
 
 
+def step(number: int, blocks: int, lean: int | None = None, tenant: str = "t", priority: str = "normal",
+         since: float | None = None, **changes: object) -> SweepState:  # fmt: skip
+    """A sweep half-way through its forward; not placed if it has waited since `since`."""
+    return sweep(
+        number, jobs=(SweepJob(f"j{number}", tenant, 1.0, priority),), blocks=blocks, forward_tokens=100,
+        lean_blocks=blocks if lean is None else lean, placed=since is None, unplaced_since=since, **changes,
+    )  # fmt: skip
+
+
+def there(
+    *who: RequestState | SweepState, activations: int = 1000, due: int = 0, **changes: object
+) -> SchedulerState:
+    """`due`: blocks that an adapter waits for."""
+    requests = [w for w in who if isinstance(w, RequestState)]
+    sweeps = tuple(w for w in who if isinstance(w, SweepState))
+    return replace(state(*requests, **changes), sweeps=sweeps, activation_blocks=activations, adapter_blocks=due)
+
+
 def chunks(made: Plan) -> dict[str, int]:
     return {p.request_id: p.tokens for p in made.prefills}
+
+
+def worked_on(made: Plan) -> set[int]:
+    return {r.sweep_id for r in made.rides} | {u.sweep_id for u in made.units}
 
 
 def meet(share: FairShare, there: SchedulerState) -> None:

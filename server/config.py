@@ -83,7 +83,7 @@ class Settings(BaseModel):
     activation_memory: Bytes | None = None
     adapter_cache_memory: Bytes | None = None
     block_size: int = Field(default=16, ge=1, description="tokens a K/V block")
-    adapter_page_rows: int = Field(default=8, ge=1, description="rank rows a page of the adapter pool")
+    adapter_page_rows: int = Field(default=8, ge=1, description="rank rows a page of an adapter, at most")
     max_running: int | None = Field(default=None, ge=1, description="sequences that run at once")
 
     slo_ttft_ms: Milliseconds | None = Field(default=None, description="promise for the first token")

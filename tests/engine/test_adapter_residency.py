@@ -134,7 +134,6 @@ def test_an_adapter_that_waits_for_memory_gets_it_from_streams_that_never_stop_c
         engine.until(lambda: keep_busy() and engine.requests.get("a") is None, seconds=10)
         assert len(engine.tokens("a")) == 16
     assert max(waited) >= 7, "it had to wait"
-    assert engine.counters["coserve_preemptions_total"] == 0, "and nobody stepped back for it"
     engine.until(lambda: not len(engine.requests))
     engine.pool.check()
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.faults
 BLOCK = 16  # tokens
 BLOCK_BYTES = BLOCK * 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, their size, float32
 ADAPTERS = 20
-ADAPTER_PAGES = 8 * 64 * 4  # rank rows of a page, hidden size, float32
+ADAPTER_BLOCKS = 7  # of one of rank 4 at every linear layer
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
     data = tmp_path_factory.mktemp("scarce") / "data"
-    # No block more than that: what training does not use would be for requests.
-    options = {"kv_memory": 90 * BLOCK_BYTES, "activation_memory": 1, "adapter_memory": 80 * ADAPTER_PAGES}
+    # No block more than 90: what training and adapters do not use is for requests.
+    pool = 2 * ADAPTER_BLOCKS
+    options = {
+        "kv_memory": (90 - pool) * BLOCK_BYTES, "activation_memory": 1, "adapter_memory": pool * BLOCK_BYTES,
+    }  # fmt: skip
     with LiveServer(folder, data, **options) as server:
         yield server
 

@@ -20,6 +20,7 @@ from coserve.server.engine.adapter_pages import AdapterPages
 from coserve.server.engine.host_image import HostImage, Weights, folded
 from coserve.server.engine.page_source import OwnPages, PageSource
 from coserve.server.engine.page_tables import PageTables
+from coserve.server.engine.pool_room import PoolRoom
 from coserve.server.engine.residents import Resident, Residents
 
 
@@ -48,25 +49,18 @@ class AdapterPool:
     """
 
     def __init__(self, source: PageSource) -> None:
-        self._source = source
         self.page_elements = source.page_elements
         self.dtype = source.flat.dtype
         self.page_bytes = self.page_elements * self.dtype.itemsize
-        self.num_pages = source.most_units * source.unit_pages
         self._pages = AdapterPages(source)
         self._tables = PageTables(self._pages.flat, self.page_elements)
         self._residents = Residents()
-        self.left_free = 0  # units that no load takes: sequences that run will want them
+        self.room = PoolRoom(source, self._residents)
 
     @staticmethod
-    def with_memory(
-        num_bytes: int, page_elements: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> AdapterPool:
+    def of(num_bytes: int, page_elements: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> AdapterPool:
         """A pool in memory of its own, outside of an engine: `num_bytes`, rounded down to whole pages."""
-        page_bytes = page_elements * dtype.itemsize
-        if num_bytes < page_bytes:
-            raise ValueError(f"{num_bytes} bytes hold no page of {page_bytes}: raise --adapter-memory")
-        return AdapterPool(OwnPages(num_bytes // page_bytes, page_elements, dtype, device))
+        return AdapterPool(OwnPages(num_bytes // (page_elements * dtype.itemsize), page_elements, dtype, device))
 
     @property
     def flat(self) -> Tensor:
@@ -78,56 +72,12 @@ class AdapterPool:
         return self._pages.flat.device
 
     @property
-    def pages_used(self) -> int:
-        """Pages that resident adapters hold, whole units."""
-        return self._residents.pages
-
-    @property
-    def pages_free(self) -> int:
-        """Pages that a load could get now without evicting anybody."""
-        return min(self._source_pages, self.num_pages - self.pages_used)
-
-    @property
     def bytes_used(self) -> int:
-        return self.pages_used * self.page_bytes
-
-    @property
-    def pages_available(self) -> int:
-        """Pages that a load could get now: free ones, and those of idle adapters."""
-        return min(self._source_pages + self._residents.idle_pages, self.pages_allowed)
-
-    @property
-    def pages_allowed(self) -> int:
-        """Pages that a load could get if nobody but adapters had any."""
-        return self.num_pages - self._residents.pages + self._residents.idle_pages
+        return self.room.used * self.page_bytes
 
     def pages_wanted(self, weights: Weights) -> int:
         """Of the units that an adapter takes."""
-        wanted, unit = sum(map(self._pages.wanted, _tensors(weights))), self._source.unit_pages
-        return -(-wanted // unit) * unit
-
-    @property
-    def _source_pages(self) -> int:
-        return max(0, self._source.free_units - self.left_free) * self._source.unit_pages
-
-    def lacks(self, weights: Weights) -> int:
-        """Units that have to be free, by the count of who lends them (`spare_blocks` included), before an adapter that
-        does not fit now can be loaded. 0: it is not they that are short, adapters in use hold all that adapters may."""
-        wanted = self.pages_wanted(weights)
-        if wanted > self.pages_allowed:
-            return 0
-        named = self._residents.idle_pages // self._source.unit_pages - self.spare_blocks  # these it may evict, too
-        return wanted // self._source.unit_pages + self.left_free - named
-
-    @property
-    def pages_kept(self) -> int:
-        """Pages of adapters that are kept whether or not they are used."""
-        return sum(r.pages for r in self._residents if r.kept)
-
-    @property
-    def pages_held(self) -> int:
-        """Pages that no end of a request gives back: those of training copies, and of adapters that are kept."""
-        return sum(r.pages for r in self._residents if r.kept or r.pinned)
+        return self.room.rounded(sum(map(self._pages.wanted, _tensors(weights))))
 
     def pages_of(self, key: str) -> int:
         """Pages that a resident adapter holds."""
@@ -156,8 +106,8 @@ class AdapterPool:
             if pair.a.dim() != 2 or pair.b.dim() != 2 or pair.a.shape[0] != pair.b.shape[0]:
                 raise ValueError(f"{site}: A {list(pair.a.shape)} and B {list(pair.b.shape)} are not [r, in], [r, out]")
         wanted = self.pages_wanted(weights)
-        if wanted > self.pages_available:
-            raise PoolFull(wanted, self.pages_available, self.page_bytes)
+        if wanted > self.room.available:
+            raise PoolFull(wanted, self.room.available, self.page_bytes)
         fold = fold_scaling and not isinstance(weights, HostImage)  # an image's is folded already
         values = {name: folded(pair) if fold else (pair.a, pair.b, pair.scaling) for name, pair in weights.items()}
         self._evict_until(wanted)
@@ -323,7 +273,7 @@ class AdapterPool:
 
     def _evict_until(self, pages: int) -> None:
         for key in self._residents.idle:
-            if self.pages_free >= pages:
+            if self.room.free >= pages:
                 return
             self._drop(key)
 

@@ -86,10 +86,10 @@ class AdapterBook:
 
         What is resident tells their sizes. Pinned ones that nobody wants take their room from the others.
         """
-        held, kept = self.pins.held, self.pool.pages_kept
+        held, kept = self.pins.held, self.pool.room.kept
         resident = max(1, len(self.pool.resident()) - len(held))
-        used = self.pool.pages_used - kept
-        others = resident if not used else max(1, (self.pool.num_pages - kept) * resident // used)
+        used = self.pool.room.used - kept
+        others = resident if not used else max(1, (self.pool.room.whole - kept) * resident // used)
         return others + (len(held.intersection(wanted)) if held else 0)
 
     def tick(self, wanted: Iterable[AdapterRef]) -> dict[str, Fault]:
@@ -123,10 +123,10 @@ class AdapterBook:
                     continue
                 self._release_except(keep)
                 pages = self.pool.pages_wanted(image)
-                if pages > self.pool.pages_available:
-                    if pages <= self.pool.num_pages - self.pool.pages_held:
+                if pages > self.pool.room.available:
+                    if pages <= self.pool.room.whole - self.pool.room.held:
                         self._kept_out = digest
-                        self.lacks = max(self.lacks, self.pool.lacks(image))
+                        self.lacks = max(self.lacks, self.pool.room.lacks(pages))
                     break  # the versions ahead of it in line come first
                 del self._arrived[digest]
                 fault = attempt(f"loading adapter {digest[:12]}", partial(self.pool.load, digest, image))
@@ -157,8 +157,8 @@ class AdapterBook:
                     continue
                 pages = self.pool.pages_wanted(image)
                 if self.pins.has_room(pages):
-                    if pages > self.pool.pages_available:
-                        self.lacks = max(self.lacks, self.pool.lacks(image))
+                    if pages > self.pool.room.available:
+                        self.lacks = max(self.lacks, self.pool.room.lacks(pages))
                         continue  # until those who hold the memory are through
                     fault = attempt(f"loading adapter {digest[:12]}", partial(self.pool.load, digest, image))
                     if fault is not None:
@@ -174,7 +174,7 @@ class AdapterBook:
         problem = too_large(image, self.pool)
         if problem is not None:
             return Fault("adapter_invalid", f"the adapter cannot be loaded: {problem}")
-        if self.pool.pages_wanted(image) > self.pool.num_pages - self.pool.pages_kept:
+        if self.pool.pages_wanted(image) > self.pool.room.whole - self.pool.room.kept:
             return Fault("adapter_unavailable", "pinned adapters leave too little adapter memory for this one")
         return None
 
@@ -197,13 +197,13 @@ def _load_fault(digest: str, error: Exception) -> Fault:
 def too_large(weights: Weights, pool: AdapterPool) -> str | None:
     """Why an adapter can never be resident, or None if it can."""
     pages = pool.pages_wanted(weights)
-    if pages <= pool.num_pages:
+    if pages <= pool.room.whole:
         return None
     rank = _largest_rank(weights, pool)
     smaller = f"use rank {rank}, the largest that fits at the same modules" if rank else "no rank fits at these modules"
     return (
         f"the adapter needs {pages * pool.page_bytes} bytes of adapter memory and the server has "
-        f"{pool.num_pages * pool.page_bytes}; {smaller}, or start the server with a larger --adapter-memory"
+        f"{pool.room.whole * pool.page_bytes}; {smaller}, or start the server with a larger --adapter-memory"
     )
 
 
@@ -215,4 +215,4 @@ def _largest_rank(weights: Weights, pool: AdapterPool) -> int:
         return sum(pages_at_rank(rank, *both, pool.page_elements) for both in widths)
 
     highest = max(pair.a.shape[0] for pair in weights.values())
-    return bisect_right(range(1, highest + 1), pool.num_pages, key=pages)
+    return bisect_right(range(1, highest + 1), pool.room.whole, key=pages)

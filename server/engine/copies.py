@@ -36,7 +36,7 @@ class TrainingCopies:
         Returns why there can never be room, or None.
         """
         pool, share = self._pool, self._shares.adapter_pages(job.tenant)
-        wanted, room = pool.pages_wanted(job.params), pool.num_pages - pool.pages_kept
+        wanted, room = pool.pages_wanted(job.params), pool.room.whole - pool.room.kept
         if wanted > room:
             return (
                 f"{self._needs(wanted)} and the server has {room * pool.page_bytes} beside pinned adapters; "
@@ -53,7 +53,7 @@ class TrainingCopies:
             pool.load(running.key, job.params, pinned=True, fold_scaling=False)
         except PoolFull:
             running.waits = POOL
-            self.lacks = self.lacks or pool.lacks(job.params)
+            self.lacks = self.lacks or pool.room.lacks(wanted)
             return None
         running.waits = None
         self._held[running.key] = job.tenant, wanted

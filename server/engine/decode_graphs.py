@@ -243,7 +243,7 @@ def _empty_table(model: BaseModel, pool: AdapterPool, shape: DecodeShape) -> Pag
     widths = tuple(model.layout.values())
     return PageTable(
         flat=pool.flat, page_elements=pool.page_elements,
-        numbers=torch.zeros(pool.num_pages, dtype=torch.int32, device=device),
+        numbers=torch.zeros(max(1, pool.room.whole), dtype=torch.int32, device=device),
         index=torch.zeros(sites, shape.rows, 4, dtype=torch.int32, device=device),
         columns=torch.tensor(widths, dtype=torch.int32, device=device),
         scaling=torch.zeros(sites, shape.rows, device=device),

@@ -63,7 +63,7 @@ class Intake:
     def take(self) -> None:
         for message in self._socket.poll():
             self._handlers[type(message)](message)
-        self._adapters.pool.left_free = _AHEAD * self._requests.running
+        self._adapters.pool.room.left_free = _AHEAD * self._requests.running
         self._trainer.tick()
         for event in self._trainer.events():
             self._socket.send(event)

@@ -57,6 +57,8 @@ class OwnPages:
     unit_pages = 1
 
     def __init__(self, num_pages: int, page_elements: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        if num_pages < 1:
+            raise ValueError("a pool of adapters needs at least one page")
         self.page_elements, self.most_units = page_elements, num_pages
         self.flat = torch.zeros(num_pages * page_elements, dtype=dtype, device=device)
         self._allocator = BlockAllocator(num_pages)

@@ -41,7 +41,7 @@ class Pins:
         return [ref for ref in self._wanted.values() if ref.digest not in self.held and ref.digest not in self._refused]
 
     def has_room(self, pages: int) -> bool:
-        return self._pool.pages_kept + pages <= self._pool.num_pages // 2
+        return self._pool.room.kept + pages <= self._pool.room.whole // 2
 
     def hold(self, digest: str) -> None:
         """Keep a resident version, unless that would be too many."""

@@ -1,6 +1,6 @@
 """The adapters that are in the pool, in the order of their use, and who needs each: requests, jobs, pins.
 
-Pages are counted by whole units of the pool's source. Nothing here moves memory.
+Nothing here moves memory.
 """
 
 from __future__ import annotations
@@ -80,14 +80,6 @@ class Residents:
         """See `AdapterPool.name`."""
         if keys != self._named:
             self._named, self._spare = frozenset(keys), None
-
-    @property
-    def pages(self) -> int:
-        return sum(r.pages for r in self)
-
-    @property
-    def idle_pages(self) -> int:
-        return sum(r.pages for r in self if r.idle)
 
     @property
     def idle(self) -> list[str]:

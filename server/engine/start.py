@@ -126,7 +126,7 @@ def _assemble(
              step * 1e3, itl * 1e3, ttft * 1e3)  # fmt: skip
 
     batch = _batch_promises(options, itl, ttft)
-    shares = Shares(blocks.num_blocks, pool.num_pages)
+    shares = Shares(blocks.num_blocks, pool.room.whole)
     requests = RequestBook(blocks, itl, ttft, batch=batch)
     live = LiveSweeps(model, options, blocks, cache, options.activation_bytes() // cache.block_bytes)
     trainer = Trainer(

@@ -71,7 +71,7 @@ class StatsClock:
             "coserve_kv_blocks_total": blocks.num_blocks,
             "coserve_kv_blocks_free": blocks.free_blocks,
             "coserve_prefix_cache_blocks": len(blocks.prefix_cache),
-            "coserve_adapter_pool_bytes_total": self._pool.num_pages * self._pool.page_bytes,
+            "coserve_adapter_pool_bytes_total": self._pool.room.whole * self._pool.page_bytes,
             "coserve_adapter_pool_bytes_used": self._pool.bytes_used,
             "coserve_adapters_resident": len(self._pool.resident()),
             "coserve_jobs_running": len(self._trainer.job_ids),

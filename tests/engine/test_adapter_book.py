@@ -61,7 +61,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.refs = [write(folder, number) for number in range(KNOWN)]
         self.reads = self.arrivals = self.most = 0
-        self.pool = AdapterPool.with_memory(4 * PAGE * PAGES, PAGE, torch.float32)
+        self.pool = AdapterPool.of(4 * PAGE * PAGES, PAGE, torch.float32)
         self.loader = AdapterLoader(self._read, CACHE)
         self.book = AdapterBook(self.pool, self.loader, folder)
         self._rng = random.Random(3)

@@ -25,7 +25,7 @@ def adapter(seed: int, rank: int, scaling: float = 0.5) -> dict[str, LoraPair]:
 
 
 def pool_of_pages(pages: int, dtype: torch.dtype = torch.float32) -> AdapterPool:
-    return AdapterPool.with_memory(pages * PAGE * dtype.itemsize, PAGE, dtype)
+    return AdapterPool.of(pages * PAGE * dtype.itemsize, PAGE, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -37,7 +37,7 @@ def adapter(seed, rank=4, sites=tuple(WIDTHS), scaling=0.5, dtype=torch.float32)
 
 
 def pool(pages, dtype=torch.float32):
-    return AdapterPool.with_memory(pages * PAGE * dtype.itemsize, PAGE, dtype)
+    return AdapterPool.of(pages * PAGE * dtype.itemsize, PAGE, dtype)
 
 
 def same(pool, key, weights, fold=True):
@@ -71,7 +71,7 @@ def test_a_rank_costs_its_own_rows_only():
     want = sum(-(-n // PAGE) for pair in small.values() for n in (pair.a.numel(), pair.b.numel()))
     assert pages.pages_wanted(small) == want
     assert pages.bytes_used - used == want * PAGE * 4
-    assert pages.pages_free == 200 - pages.bytes_used // (PAGE * 4)
+    assert pages.room.free == 200 - pages.bytes_used // (PAGE * 4)
     assert default_page_elements(640) == 5120
 
 
@@ -79,7 +79,7 @@ def test_scattered_pages_read_back_and_are_overwritten():
     pages = pool(60)
     for n in range(20):  # three pages each
         pages.load(f"filler {n}", adapter(n, 2, ["layers.0.q"]), pinned=True)
-    assert pages.pages_free == 0
+    assert pages.room.free == 0
     for n in range(0, 20, 2):
         pages.unpin(f"filler {n}")
         pages.unload(f"filler {n}")
@@ -186,8 +186,8 @@ def test_wrong_shapes_are_refused_before_anything_is_taken():
         with pytest.raises(ValueError, match="not \\[r, in\\]"):
             pages.load("bad", {"layers.0.q": pair})
     assert pages.bytes_used == 0
-    with pytest.raises(ValueError, match="raise --adapter-memory"):
-        AdapterPool.with_memory(10, PAGE, torch.float32)
+    with pytest.raises(ValueError, match="at least one page"):
+        AdapterPool.of(10, PAGE, torch.float32)
 
 
 def test_random_histories_never_mix_adapters():

@@ -270,7 +270,7 @@ def test_an_adapter_larger_than_the_pool_is_refused_with_the_rank_that_would_fit
     widths = [width for site in engine.model.sites for width in (site.in_features, site.out_features)]
     pages = sum(-(-64 * width // pool.page_elements) for width in widths)
     told = problem_of(engine, "large")
-    assert f"needs {pages * pool.page_bytes} bytes" in told and f"has {pool.num_pages * pool.page_bytes};" in told
+    assert f"needs {pages * pool.page_bytes} bytes" in told and f"has {pool.room.whole * pool.page_bytes};" in told
     rank = int(re.search(r"use rank (\d+), the largest", told)[1])
     for other, fits in ((rank, True), (rank + 1, False)):
         save_adapter(tmp_path / f"r{other}", "llama", other, seed=1)

@@ -92,5 +92,5 @@ def test_memory_for_no_adapter_is_refused_with_what_the_smallest_takes(tmp_path,
         return _pool(loaded, chosen, blocks, cache), blocks
 
     (some, beside), (none, alone) = pool(least), pool(0)
-    assert (some.num_pages, none.num_pages) == (42, 0), "0: the model alone"
+    assert (some.room.whole, none.room.whole) == (42, 0), "0: the model alone"
     assert beside.num_blocks == alone.num_blocks + 7, "generation may have them, too"

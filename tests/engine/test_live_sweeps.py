@@ -21,7 +21,7 @@ def test_jobs_of_two_priorities_share_no_sweep(tmp_path):
     cache = KVCache(layer_shapes(model), 64, 16, torch.float32)
     options = EngineOptions("base", tmp_path, "", device="cpu")
     live = LiveSweeps(model, options, BlockManager(64, 16), cache, 64)
-    pool = AdapterPool.with_memory(2**20, 512, torch.float32)
+    pool = AdapterPool.of(2**20, 512, torch.float32)
 
     def due(name: str, priority: str) -> RunningJob:
         make_job(tmp_path, name, priority=priority)

@@ -184,17 +184,17 @@ def test_a_load_takes_no_more_than_its_part_and_leaves_what_streams_will_want():
     store = Store(ALIKE, 30, 20)
     each = store.pool.pages_wanted(adapter(0)) // store.source.unit_pages
     taken = store.manager.take(30 - each)
-    store.pool.left_free = 1
+    store.pool.room.left_free = 1
     with pytest.raises(PoolFull):
         store.pool.load("v", adapter(1))
-    assert store.pool.lacks(adapter(1)) == each + 1
+    assert store.pool.room.lacks(store.pool.pages_wanted(adapter(1))) == each + 1
     store.manager.give(taken[:1])
     store.pool.load("v", adapter(1), pinned=True)
     store.manager.give(taken[1:])
-    while store.pool.pages_wanted(adapter(1)) <= store.pool.pages_available:
+    while store.pool.pages_wanted(adapter(1)) <= store.pool.room.available:
         store.pool.load(f"v{len(store.pool.resident())}", adapter(1), pinned=True)
-    assert store.pool.lacks(adapter(1)) == 0, "other adapters hold what it waits for"
-    assert 20 - each < store.pool.pages_used // store.source.unit_pages <= 20 and store.manager.free_blocks >= 10
+    assert store.pool.room.lacks(store.pool.pages_wanted(adapter(1))) == 0, "other adapters hold what it waits for"
+    assert 20 - each < store.pool.room.used // store.source.unit_pages <= 20 and store.manager.free_blocks >= 10
 
 
 def test_random_histories_of_sequences_steps_and_adapters_keep_the_books():
@@ -221,7 +221,7 @@ def test_random_histories_of_sequences_steps_and_adapters_keep_the_books():
             store.manager.give(steps.pop(rng.randrange(len(steps))))
         elif action < 0.8:
             weights = adapter(turn, rng.choice([1, 2, 5]))
-            fits = store.pool.pages_wanted(weights) <= store.pool.pages_available
+            fits = store.pool.pages_wanted(weights) <= store.pool.room.available
             try:
                 store.pool.load(f"v{turn}", weights, fold_scaling=False)
                 expected[f"v{turn}"] = weights

@@ -43,7 +43,7 @@ class Driver:
     def __init__(self, data_dir: Path, jobs: list[str], blocks: int = 256, **options) -> None:
         self.data_dir = data_dir
         model = engine_model("llama", torch.float32)
-        self.pool = AdapterPool.with_memory(2**22, 8 * model.hidden_size, torch.float32)
+        self.pool = AdapterPool.of(2**22, 8 * model.hidden_size, torch.float32)
         values = {"model": "base", "data_dir": data_dir, "socket_path": "", "dtype": "float32", "train_window": 64}
         self._blocks = BlockManager(blocks, 16)
         cache = KVCache(layer_shapes(model), blocks, 16, torch.float32)

@@ -26,7 +26,7 @@ class World(SteppedEngine):
             write_job(data_dir, f"j{number}", DIGEST, training_rows(16, number), r=r)
         self.pages = sum(-(-4 * site.in_features // self.pool.page_elements) for site in self.model.sites)
         self.pages += sum(-(-4 * site.out_features // self.pool.page_elements) for site in self.model.sites)
-        part = 1.0 if share is None else share * self.pages / self.pool.num_pages
+        part = 1.0 if share is None else share * self.pages / self.pool.room.whole
         for number in range(len(ranks)):
             self.intake._start_job(StartJob(f"j{number}", "t", TenantShare(adapters=part)))
 

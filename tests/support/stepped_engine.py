@@ -80,7 +80,7 @@ class SteppedEngine:
         engine_options = EngineOptions(**values)
         live = LiveSweeps(model, engine_options, self.requests.blocks, cache, activation_blocks or blocks)
         scheduler = Scheduler(SchedulerConfig(itl_seconds=itl))
-        shares = Shares(blocks, self.pool.num_pages)
+        shares = Shares(blocks, self.pool.room.whole)
         self.trainer = Trainer(
             model, self.pool, live, engine_options, DIGEST, "base", shares, served=scheduler.share.served
         )

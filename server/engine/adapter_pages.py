@@ -1,8 +1,8 @@
 """What the adapter pool does with its pages: tensors take them, fill them, are read from them and give them back.
 
 Who has them and for how long is the pool's business. On CUDA a host image is copied beside the iterations, on a stream
-of its own. Behind the rows of a tensor its last page is zero, and pages are cleared when they are given back: nothing
-of an adapter is left to whoever has the memory next.
+of its own. Pages are cleared when they are given back: nothing of an adapter is left to whoever has the memory next.
+Behind a tensor's rows its last page may hold anything, which nobody reads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class AdapterPages:
         return stored, grant.units
 
     def write(self, stored: PagedTensor, tensor: Tensor) -> None:
-        """[rows, width] -> its pages, which have been cleared."""
+        """[rows, width] -> its pages."""
         tensor = tensor.detach()
         if stored.consecutive:
             stored.where.copy_(tensor)
@@ -75,11 +75,8 @@ class AdapterPages:
         """Cleared, in one launch; `arrival` is the end of the copy that may still be writing them."""
         if arrival is not None:
             torch.cuda.current_stream(self.flat.device).wait_event(arrival)
-        self.clear(numbers)
-        self._source.give(units)
-
-    def clear(self, numbers: Sequence[int]) -> None:
         self._by_page.index_fill_(0, integers(numbers, self.flat.device, torch.int64), 0)
+        self._source.give(units)
 
     def check(self, held: Sequence[Sequence[int]], units: Sequence[Sequence[int]]) -> None:
         """Raise RuntimeError unless the pages in `held` are each held once, and `units` are what was taken."""

@@ -120,7 +120,6 @@ class AdapterPool:
             if isinstance(weights, HostImage):
                 resident.arrival = self._pages.write_image(resident.page_numbers, weights)
                 return
-            self._pages.clear(resident.page_numbers)
             for site, (a, b, _) in values.items():
                 self._pages.write(sites[site][0], a)
                 self._pages.write(sites[site][1], b)

@@ -48,7 +48,7 @@ class Case:
             world.resident.sizes = {a: r.randint(0, world.blocks // 2) for a in "abc"}
         sizes = world.resident.sizes
         at = r.choice((0.1, 0.3)) * world.speed
-        for i in range(r.randint(0, 6) + 2 * bool(sizes)):
+        for i in range(r.randint(2 * bool(sizes), 6)):
             at += r.choice((0.0, 0.0, 0.1, 1.0)) * world.speed
             adapter = r.choice(("a", "b", "c", None)) if sizes else None
             most = world.block_size * (world.blocks - self.missing - sizes.get(adapter or "", 0))

@@ -87,9 +87,7 @@ def step(number: int, blocks: int, lean: int | None = None, tenant: str = "t", p
     )  # fmt: skip
 
 
-def there(
-    *who: RequestState | SweepState, activations: int = 1000, due: int = 0, **changes: object
-) -> SchedulerState:
+def there(*who: RequestState | SweepState, activations: int = 1000, due: int = 0, **changes: object) -> SchedulerState:
     """`due`: blocks that an adapter waits for."""
     requests = [w for w in who if isinstance(w, RequestState)]
     sweeps = tuple(w for w in who if isinstance(w, SweepState))

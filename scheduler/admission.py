@@ -16,9 +16,8 @@ its tenant's share is used up takes those of the last one of its own tenant.
 Prompts. Running ones get what blocks are left, in order. A waiting one is admitted when its *whole* prompt fits beside
 what the running prompts still need and what all streams are expected to grow by (`spare`); otherwise none behind it is
 admitted either. So admitted prompts finish without taking blocks from each other. One that does not fit its tenant's
-share keeps back its own tenant only. Where adapters lie in the same blocks, a prompt needs those of an idle one that it
-wakes as well, and leaves those that another one waits for: running requests use them all the same, so streams must end
-before it is loaded, but nobody new takes their place. Who is kept back only by that is told so.
+share keeps back its own tenant only. Adapters may lie in the same blocks: then a prompt needs those of an idle one that
+it wakes as well, and leaves those that another one waits for, which running requests may use all the same.
 
 Adapters. A waiting request whose adapter is not on the device, or whose adapter would be one too many, is passed over
 and blocks nobody, until it has been kept out *by residency* for `drain_after` seconds: from then on the first such

@@ -151,15 +151,10 @@ class MemoryPolicy:
         if shortage > admission.begun + due:
             return False  # streams or running prompts lack some of them
         # An adapter keeps back whoever waits.
-        prompts = state.requests if due else [c.request for c in admission.candidates]
-        row = row_seconds(model)
+        concerned = state.requests if due else [c.request for c in admission.candidates]
+        prompts, row = [r for r in concerned if not r.running], row_seconds(model)
         slack = min(
-            [
-                r.ttft_deadline - state.now - (r.total_tokens - r.computed_tokens) * row
-                for r in prompts
-                if not r.running
-            ],
-            default=inf,
+            (r.ttft_deadline - state.now - (r.total_tokens - r.computed_tokens) * row for r in prompts), default=inf
         )
         return any(
             s.blocks >= shortage and sweep_seconds(model, s, self._head_rows) <= slack for s in state.sweeps if s.placed

@@ -36,7 +36,9 @@ class RequestState:
     itl_deadline: float | None = field(compare=False)
     running: bool  # False: still in the waiting queue, holds no blocks
     blocks_shared: int = 0  # of blocks_held, those that other requests hold too: a preemption would not free them
-    blocks_adapter: int = 0  # of its resident adapter, that are taken while a running request uses it, and else free
+    # Blocks of its adapter that count as free while no running request uses it; of a running one, that would then. 0:
+    # it is pinned, it is not there, or it lies elsewhere.
+    blocks_adapter: int = 0
     adapter_pages: int = 0  # of its adapter in the pool; 0: none, or not known yet
     adapter_kept_out: bool = False  # its adapter is read, and there will be room for it when others are not in use
     most_output: int = 1 << 30  # output tokens after which it ends at the latest
@@ -107,15 +109,15 @@ class SchedulerState:
     now: float = field(compare=False)
     requests: tuple[RequestState, ...]  # running and waiting, in order of arrival
     sweeps: tuple[SweepState, ...]  # in order of creation
-    free_blocks: int  # those count as free that only a cache or an adapter holds which no running request uses
+    free_blocks: int  # of nobody, of cached prefixes that nobody holds, and of idle adapters that are not pinned
     block_size: int
     max_running: int
     max_adapters: int  # how many distinct adapters the pool can hold at once (a lower bound)
     limits: Mapping[str, TenantLimit] = field(default_factory=dict)  # of tenants that have any
     activation_blocks: int = 1 << 60  # the most blocks that placed sweeps may hold together
-    # Blocks that an adapter waits for which a request or a job needs next: it is loaded before the state in which they
-    # are free. What becomes free goes to it before anything new begins. 0: none waits, or it would not fit even if no
-    # request ran and no sweep were placed.
+    # Blocks that an adapter waits for which a request or a job needs next. What becomes free goes to it before anything
+    # new begins, and once so many are free it is loaded, before the next state. 0: none waits, or none that would fit
+    # if no request ran and no sweep were placed.
     adapter_blocks: int = 0
 
 

@@ -48,7 +48,7 @@ class Case:
             world.resident.sizes = {a: r.randint(0, world.blocks // 2) for a in "abc"}
         sizes = world.resident.sizes
         at = r.choice((0.1, 0.3)) * world.speed
-        for i in range(r.randint(0, 6)):
+        for i in range(r.randint(2 * bool(sizes), 6)):
             at += r.choice((0.0, 0.0, 0.1, 1.0)) * world.speed
             adapter = r.choice(("a", "b", "c", None)) if sizes else None
             most = world.block_size * (world.blocks - self.missing - sizes.get(adapter or "", 0))
@@ -63,7 +63,8 @@ class Case:
             tenant, weight = r.choice(tenants)
             priority, rows = r.choice(("normal", "low")), r.randint(1, 60)
             most_blocks = min(world.activation_blocks, world.blocks - self.missing)
-            blocks = r.randint(most_blocks // 4 * (r.random() < 0.9), most_blocks)
+            least = most_blocks // 4 * (r.random() < 0.9)
+            blocks = r.randint(least, max(least, most_blocks // r.choice((1, 1, 2))))
             lean_blocks = blocks - r.choice((0, r.randint(0, blocks)))
             came = r.choice((0.0, 0.0, 0.0, 1.0)) * world.speed
             sweep = Sweep(
@@ -100,7 +101,7 @@ def check_beginning(state: SchedulerState, plan: Plan, bare: Plan) -> None:
         return  # it waits for nobody who would end
     named = {p.request_id for p in plan.prefills}
     begins = [r for r in state.requests if r.request_id in named and not r.running]
-    if not (begins or plan.place):
+    if not (begins or any(s.blocks for s in state.sweeps if s.sweep_id in plan.place)):
         return
     used = {r.adapter for r in running}
     woken = {r.adapter: r.blocks_adapter for r in begins if r.adapter not in used}
@@ -132,7 +133,7 @@ def check_giving(state: SchedulerState, plan: Plan, protected: int | None) -> No
 def run(case: Case, scheduler: Scheduler, other: Scheduler | None = None) -> World:
     """Drive a world to its end. `other` is asked as well and must agree, after drafts that come to nothing and whether
     or not it drafted the plan itself."""
-    world, idle = case.world, 0
+    world, idle, waited = case.world, 0, 0
     wanted: tuple[str, ...] = ()
     for turn in range(6000):
         if not case.arrive():
@@ -142,7 +143,9 @@ def run(case: Case, scheduler: Scheduler, other: Scheduler | None = None) -> Wor
         bare = scheduler.draft(replace(state, adapter_blocks=0)).plan if state.adapter_blocks else Plan()
         plan = scheduler.plan(state)
         wanted = plan.adapters
-        if state.adapter_blocks:
+        waited = waited + 1 if state.adapter_blocks else 0
+        assert waited < 300, "an adapter waits for ever"
+        if waited:
             check_beginning(state, plan, bare)
         if other is not None:
             draft = other.draft(state)

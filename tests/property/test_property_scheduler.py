@@ -41,13 +41,18 @@ def draw_world(seed: int) -> tuple[World, list[Stream], list[tuple[float, Sweep]
         if r.random() < 0.3:
             blocks, pages = r.choice((None, 3, world.blocks // 2)), r.choice((None, 1, 2))
             world.limits[tenant] = TenantLimit(blocks, pages)
+    world.resident.places = world.max_adapters
+    if r.random() < 0.3:
+        world.resident.sizes = {a: r.randint(0, world.blocks // 3) for a in "abc"}
     streams, at = [], 0.0
     for i in range(r.randint(0, 6)):
         at += r.choice((0.0, 0.0, 0.05, 0.4)) * world.speed
         outputs = r.randint(1, 6)
         tenant, weight = r.choice(tenants)
         limit = world.limits.get(tenant, TenantLimit())
-        room = world.block_size * min(world.blocks, limit.blocks or world.blocks)
+        adapter = r.choice((None, None, "a", "b", "c"))
+        most = world.blocks - world.resident.sizes.get(adapter or "", 0)
+        room = world.block_size * min(most, limit.blocks or most)
         streams.append(
             Stream(
                 name=f"s{i}",
@@ -55,7 +60,7 @@ def draw_world(seed: int) -> tuple[World, list[Stream], list[tuple[float, Sweep]
                 prompt=r.randint(1, min(90, room - outputs)),
                 outputs=outputs,
                 slo_class=r.choice(("interactive", "batch")),
-                adapter=r.choice((None, None, "a", "b", "c")),
+                adapter=adapter,
                 ttft=r.choice((0.0, 0.2, 2.0)),
                 itl=r.choice((None, None, 0.5 * world.itl, 4.0 * world.itl)),
                 tenant=tenant,
@@ -129,6 +134,7 @@ def run(seed: int, schedulers: list[Scheduler], floor: float) -> World:
     report_parts = seed % 2 == 0
     cancels = random.Random(seed)
     idle = 0
+    wanted: tuple[str, ...] = ()
     for _ in range(4000):
         while streams and streams[0].arrived <= world.now:
             world.streams.append(streams.pop(0))
@@ -136,16 +142,17 @@ def run(seed: int, schedulers: list[Scheduler], floor: float) -> World:
         sweeps = [(at, s) for at, s in sweeps if at > world.now]
         if not (streams or sweeps or world.streams or world.sweeps):
             return world
+        world.load_adapter(wanted)
         state = world.state()
         plans = [s.plan(state) for s in schedulers]
         assert all(p == plans[0] for p in plans[1:]), "the same calls gave different plans"
         plan = plans[0]
+        wanted = plan.adapters
         if plan.empty and plan.expired:
             world.expire(plan.expired)
             continue
         if plan.empty:
             assert not can_run(state), "an empty plan although something can run"
-            world.load_adapter(plan.adapters)
             idle += bool(world.streams)  # else it waits for who is still to come
             assert idle < 200, "nothing runs any more"
             world.now += 0.01
@@ -160,7 +167,6 @@ def run(seed: int, schedulers: list[Scheduler], floor: float) -> World:
             assert plan.upper_seconds <= plan.budget_seconds + 1e-9, "training went over the budget"
         parts = world.parts(plan) if report_parts else None
         seconds = world.carry_out(plan)
-        world.load_adapter(plan.adapters)
         for s in schedulers:
             s.observe(plan, state, max(seconds, sum((parts or {}).values())), parts)
         if world.streams and cancels.random() < CANCELLED:

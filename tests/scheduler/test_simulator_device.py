@@ -105,6 +105,27 @@ def test_a_preempted_stream_gives_its_blocks_back_and_keeps_its_tokens() -> None
     assert d.streams[1].generated == 1 and d.free == 5
 
 
+def test_an_adapter_waits_for_its_blocks_and_an_idle_one_gives_them_back() -> None:
+    d = device()
+    d.max_adapters = d.resident.places = 2
+    d.resident.sizes, d.resident.last_use = {"a": 3, "b": 1}, {"b": 0.0}
+    assert not d.load_adapter(("b", "a")), "3, 1 of the one ahead of it and 2 of a stream: 4 are free"
+    state = d.state()
+    assert (state.free_blocks, state.adapter_blocks) == (4, 6) and state.requests[1].adapter_kept_out
+    d.streams[0].running, d.streams[0].blocks, d.streams[0].computed = False, 0, 0
+    assert d.load_adapter(("b", "a")) and d.state().adapter_blocks == 0
+    waits = d.state().requests[1]
+    assert (d.free, waits.adapter_ready, waits.blocks_adapter, waits.adapter_kept_out) == (8, True, 3, False)
+    d.run(Plan(prefills=(Prefill("w", 40),)))
+    assert d.free == 2 and set(d.resident) == {"a", "b"}, "b is idle"
+    d.run(Plan(prefills=(Prefill("d", 32),)))
+    assert d.free == 0 and set(d.resident) == {"a"}, "its blocks were needed"
+    d.streams[1].running, d.streams[1].blocks, d.streams[1].computed = False, 0, 0
+    d.reserved = 4
+    with pytest.raises(BrokenPlan, match="used over the blocks"):
+        d.run(Plan(prefills=(Prefill("w", 16),)))
+
+
 def test_labels_stand_at_the_end_of_every_sequence() -> None:
     sweep = Sweep(0, 10, 2, sequence=4)  # rows 2, 3, 6, 7, and 8, 9 of a last sequence of two
     assert [sweep._labels_before(n) for n in range(11)] == [0, 0, 0, 1, 2, 2, 2, 3, 4, 5, 6]

@@ -4,13 +4,13 @@ Every LoRA tensor, A as rank rows [r, in] and B as rank rows [r, out], lies row-
 pages; element (i, j) is element (i * width + j) % page_elements of page number (i * width + j) // page_elements
 of the list. One page size for all widths means that no shape fragments the pool, and a rank costs its own
 rows only. Where the pages come from is the source's affair (`page_source`): in an engine they are blocks of the K/V
-cache, and adapters that nobody uses or names give way when sequences want them. The pool never reads a disk and never
+cache, and adapters that nobody uses give way when sequences want them. The pool never reads a disk and never
 waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -136,22 +136,27 @@ class AdapterPool:
 
     # ------------------------------------------------------------------ for others who want the memory
 
-    def name(self, keys: Set[str]) -> None:
-        """Those that requests name, also such as wait: idle or not, they stay while generation is short of memory."""
-        self._residents.name(keys)
+    def reserve(self, keys: Iterable[str]) -> None:
+        """No load evicts these, for requests wait for them; the first ones are the most urgent. If sequences want their
+        memory and nobody uses them they go, after all others."""
+        self._residents.reserve(keys)
 
     @property
     def spare_blocks(self) -> int:
-        """Units of idle adapters that no request names."""
-        return self._residents.spare_units
+        """Units of adapters that nobody uses."""
+        return self._residents.idle_units
 
     def give_way(self, blocks: int) -> None:
-        """Evict such adapters, least recently used first, until so many units are given back."""
-        for key in self._residents.spare:
+        """Evict such adapters until so many units are given back."""
+        for key in self._residents.idle:
             if blocks <= 0:
                 return
             blocks -= len(self._residents[key].units)
             self._drop(key)
+
+    def blocks_of(self, key: str) -> int:
+        """Units that a resident adapter has while it is used, and that count as free while it is not."""
+        return 0 if self._residents[key].kept else len(self._residents[key].units)
 
     # ------------------------------------------------------------------ who uses them
 
@@ -271,8 +276,9 @@ class AdapterPool:
         )
 
     def _evict_until(self, pages: int) -> None:
+        reserved = set(self._residents.reserved)
         for key in self._residents.idle:
-            if self.room.free >= pages:
+            if self.room.free >= pages or key in reserved:
                 return
             self._drop(key)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,6 @@ class AdapterBook:
         self.pool, self._loader, self._data_dir = pool, loader, data_dir
         self._resident: dict[str, PooledAdapter] = {}  # one object a version: its neighbouring rows share a product
         self._arrived: dict[str, Weights] = {}  # read from disk, waiting for room
-        self._reserved: set[str] = set()
         self._placed = False  # whether the last tick put a version into the pool
         self._kept_out: str | None = None  # the first that has arrived and waits for what others in use hold
         self.lacks = 0  # blocks that it, or a pinned one, waits for (see `AdapterPool.lacks`)
@@ -56,6 +56,15 @@ class AdapterBook:
         """Pages of the pool that a resident version holds; 0 where nothing is known of it yet."""
         return self.pool.pages_of(ref.digest) if ref is not None and ref.digest in self.pool else 0
 
+    def blocks(self, ref: AdapterRef | None) -> int:
+        """Blocks that a resident version takes while a running request uses it, and that count as free otherwise."""
+        return self.pool.blocks_of(ref.digest) if ref is not None and ref.digest in self.pool else 0
+
+    def freed_by(self, leaving: Iterable[AdapterRef]) -> int:
+        """Blocks that will count as free when requests with these versions, which run, are gone."""
+        users = Counter(ref.digest for ref in leaving)
+        return sum(self.pool.blocks_of(digest) for digest, n in users.items() if self.pool.in_flight(digest) == n)
+
     def kept_out(self, ref: AdapterRef | None) -> bool:
         """Whether it has been read, and has no room only as long as requests of others run."""
         return ref is not None and ref.digest == self._kept_out
@@ -73,9 +82,6 @@ class AdapterBook:
 
     def drop(self, digest: str) -> None:
         """Forget a deleted version that nothing uses."""
-        if digest in self._reserved:
-            self._reserved.discard(digest)
-            self.pool.release(digest)
         self.pool.retire(digest)  # a pinned one, when it is no longer pinned
         self._loader.forget(digest)
         self._resident.pop(digest, None)
@@ -107,7 +113,7 @@ class AdapterBook:
         self._kept_out, self.lacks = None, 0
         self._bring_pins(failed)
         order: dict[str, AdapterRef] = {ref.digest: ref for ref in wanted}
-        keep: set[str] = set()
+        keep: list[str] = []  # for which no version behind them is to take the place
         for digest, ref in order.items():
             if digest in failed:
                 continue
@@ -121,7 +127,7 @@ class AdapterBook:
                     failed[digest] = fault
                     del self._arrived[digest]
                     continue
-                self._release_except(keep)
+                self.pool.reserve(keep)
                 pages = self.pool.pages_wanted(image)
                 if pages > self.pool.room.available:
                     if pages <= self.pool.room.whole - self.pool.room.held:
@@ -134,11 +140,8 @@ class AdapterBook:
                     failed[digest] = fault
                     continue
                 self._placed = True
-            keep.add(digest)
-            if digest not in self._reserved:
-                self._reserved.add(digest)
-                self.pool.acquire(digest)
-        self._release_except(keep)
+            keep.append(digest)
+        self.pool.reserve(keep)
         coming = order.keys() | {ref.digest for ref in self.pins.missing()}
         for digest in [d for d in self._arrived if d not in coming]:
             del self._arrived[digest]
@@ -177,11 +180,6 @@ class AdapterBook:
         if self.pool.pages_wanted(image) > self.pool.room.whole - self.pool.room.kept:
             return Fault("adapter_unavailable", "pinned adapters leave too little adapter memory for this one")
         return None
-
-    def _release_except(self, keep: set[str]) -> None:
-        for digest in self._reserved - keep:
-            self.pool.release(digest)
-        self._reserved &= keep
 
 
 def _load_fault(digest: str, error: Exception) -> Fault:

@@ -91,7 +91,6 @@ class Intake:
     def load_adapters(self, digests: Iterable[str]) -> None:
         """Move adapter loads along, for the versions the scheduler wants resident, most urgent first."""
         known = {r.version: r.message.adapter for r in self._requests if r.message.adapter is not None}
-        self._adapters.pool.name(known.keys())
         wanted = [known[digest] for digest in digests if digest in known]
         for digest, fault in self._adapters.tick(wanted).items():
             for request in [r for r in self._requests if r.version == digest]:

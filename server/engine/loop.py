@@ -109,6 +109,11 @@ class Engine:
             if request is not None:
                 self._intake.preempt(request)
                 self._iterations.counters["coserve_preemptions_total"] += 1
+        admitted = [request for prefill in plan.prefills if (request := self._requests.get(prefill.request_id))]
+        for request in admitted:  # before anybody takes blocks: those of idle adapters are free
+            if request.message.adapter is not None and not request.acquired:
+                self._adapters.acquire(request.message.adapter)
+                request.acquired = True
         if plan.park or plan.lean or plan.place:
             self._trainer.rearrange(plan)
             self._iterations.count_moves(plan)
@@ -121,13 +126,8 @@ class Engine:
         for request in filter(None, map(self._requests.get, plan.expired)):
             late = Failed.past_deadline(request.message)
             self._fail(request.id, late.code, late.message)
-        for prefill in plan.prefills:
-            request = self._requests.get(prefill.request_id)
-            if request is not None:
-                self._iterations.counters["coserve_recomputed_tokens_total"] += self._requests.admit(request)
-                if request.message.adapter is not None and not request.acquired:
-                    self._adapters.acquire(request.message.adapter)
-                    request.acquired = True
+        for request in admitted:
+            self._iterations.counters["coserve_recomputed_tokens_total"] += self._requests.admit(request)
 
     def _deliver(self, outcome: Outcome) -> None:
         """Tokens out, and what failed. Latencies are sampled here, where a token leaves the engine."""

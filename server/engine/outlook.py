@@ -40,7 +40,9 @@ class Outlook:
         delay = state.now - max(told, default=state.now)
         delivered = state.now + plan.upper_seconds
         expected = [(r, self._expected(r, rows.get(r.id, 0), delivered)) for r in self._requests]
-        free = self._requests.blocks.free_blocks + sum(self._requests.own_blocks(r) for r, seen in expected if not seen)
+        ending = [r for r, seen in expected if not seen]
+        free = self._requests.blocks.free_blocks + sum(map(self._requests.own_blocks, ending))
+        free += self._adapters.freed_by(r.message.adapter for r in ending if r.acquired and r.message.adapter)
         free += self._trainer.live.ending_blocks
         return self._state(delivered + delay, tuple(seen for _, seen in expected if seen), free)
 
@@ -63,6 +65,7 @@ class Outlook:
         return self._requests.state(
             request, self._shares.weight(message.tenant), self._adapters.ready(message.adapter),
             self._adapters.pages(message.adapter), self._adapters.kept_out(message.adapter),
+            self._adapters.blocks(message.adapter),
         )  # fmt: skip
 
     def _expected(self, request: Request, rows: int, delivered: float) -> RequestState | None:

@@ -1,7 +1,7 @@
 """How many pages there are for adapters, and who has them, counted by whole units of the pool's source.
 
-Loads may take what nobody has and what idle adapters have, as far as the adapters' part of the memory goes. Nothing
-here moves memory.
+Loads may take what nobody has and what idle adapters have that are not reserved, as far as the adapters' part of the
+memory goes. Nothing here moves memory.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ class PoolRoom:
         return sum(r.pages for r in self._residents)
 
     @property
-    def idle(self) -> int:
-        """Of those that nobody uses."""
-        return sum(r.pages for r in self._residents if r.idle)
+    def loose(self) -> int:
+        """Of those that nobody uses and that are not reserved."""
+        reserved = set(self._residents.reserved)
+        return sum(self._residents[key].pages for key in self._residents.idle if key not in reserved)
 
     @property
     def kept(self) -> int:
@@ -46,24 +47,24 @@ class PoolRoom:
     @property
     def available(self) -> int:
         """That a load could get now."""
-        return min(self._unheld + self.idle, self.allowed)
+        return min(self._unheld + self.loose, self.allowed)
 
     @property
     def allowed(self) -> int:
         """That a load could get if only adapters had any memory."""
-        return self.whole - self.used + self.idle
+        return self.whole - self.used + self.loose
 
     def rounded(self, pages: int) -> int:
         """Of the units that so many pages take."""
         return -(-pages // self._source.unit_pages) * self._source.unit_pages
 
     def lacks(self, wanted: int) -> int:
-        """Units that have to be free, by the count of who lends them (spare adapters' included), before a load that is
-        not possible now can have `wanted` pages. 0: it is not they that are short, adapters in use have them."""
+        """Units that have to be free, by the count of who lends them (those of all idle adapters included), before a
+        load that is not possible now can have `wanted` pages. 0: it is not they that are short, adapters have them."""
         if wanted > self.allowed:
             return 0
-        named = self.idle // self._source.unit_pages - self._residents.spare_units  # a load may have these, too
-        return wanted // self._source.unit_pages + self.left_free - named
+        reserved = sum(len(self._residents[key].units) for key in self._residents.reserved)
+        return wanted // self._source.unit_pages + self.left_free + reserved
 
     @property
     def _unheld(self) -> int:

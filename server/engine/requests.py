@@ -147,7 +147,7 @@ class RequestBook:
         )  # fmt: skip
 
     def state(self, request: Request, weight: float, adapter_ready: bool, adapter_pages: int = 0,
-              adapter_kept_out: bool = False) -> RequestState:  # fmt: skip
+              adapter_kept_out: bool = False, blocks_adapter: int = 0) -> RequestState:  # fmt: skip
         """What the scheduler is told of a sequence."""
         message, last = request.message, request.last_token_at
         itl, ttft = self.promises(request)
@@ -169,6 +169,7 @@ class RequestBook:
             blocks_shared=self._shared(request),
             adapter_pages=adapter_pages,
             adapter_kept_out=adapter_kept_out,
+            blocks_adapter=blocks_adapter,
             most_output=message.sampling.max_tokens,
             deadline=message.deadline,
         )

@@ -6,7 +6,7 @@ Nothing here moves memory.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,8 +40,8 @@ class Residents:
 
     def __init__(self) -> None:
         self._by_key: OrderedDict[str, Resident] = OrderedDict()
-        self._named: Set[str] = frozenset()
-        self._spare: int | None = None  # `spare_units`, as long as it is true
+        self._reserved: tuple[str, ...] = ()
+        self._idle_units: int | None = None  # as long as it is true
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
@@ -61,10 +61,10 @@ class Residents:
 
     def add(self, key: str, resident: Resident) -> None:
         self._by_key[key] = resident
-        self._spare = None
+        self._idle_units = None
 
     def pop(self, key: str) -> Resident:
-        self._spare = None
+        self._idle_units = None
         return self._by_key.pop(key)
 
     def used(self, key: str) -> None:
@@ -73,26 +73,28 @@ class Residents:
 
     def changed(self, key: str) -> Resident:
         """To be called by who changes what a resident is needed for."""
-        self._spare = None
+        self._idle_units = None
         return self._by_key[key]
 
-    def name(self, keys: Set[str]) -> None:
-        """See `AdapterPool.name`."""
-        if keys != self._named:
-            self._named, self._spare = frozenset(keys), None
+    def reserve(self, keys: Iterable[str]) -> None:
+        """See `AdapterPool.reserve`."""
+        self._reserved = tuple(keys)
 
     @property
     def idle(self) -> list[str]:
-        return [key for key, resident in self._by_key.items() if resident.idle]
+        """Those that nobody uses, in the order in which they go: reserved ones last, of these the most urgent last."""
+        reserved = dict.fromkeys(self.reserved)
+        loose = [key for key, resident in self._by_key.items() if resident.idle and key not in reserved]
+        return [*loose, *reversed(reserved)]
 
     @property
-    def spare(self) -> list[str]:
-        """Idle ones that no request names."""
-        return [key for key in self.idle if key not in self._named]
+    def reserved(self) -> list[str]:
+        """Idle ones that are reserved."""
+        return [key for key in self._reserved if key in self._by_key and self._by_key[key].idle]
 
     @property
-    def spare_units(self) -> int:
-        """Of these. Asked for in every iteration, so it is counted only when something has changed."""
-        if self._spare is None:
-            self._spare = sum(len(self._by_key[key].units) for key in self.spare)
-        return self._spare
+    def idle_units(self) -> int:
+        """Asked for in every iteration, so it is counted only when something has changed."""
+        if self._idle_units is None:
+            self._idle_units = sum(len(resident.units) for resident in self if resident.idle)
+        return self._idle_units

@@ -159,25 +159,43 @@ def test_writing_keys_between_a_forward_and_its_backward_is_no_change_of_an_adap
     assert torch.allclose(x.grad, (a.T @ b).sum(1).expand(5, 64))
 
 
-def test_idle_adapters_that_nobody_names_give_way_and_others_do_not():
+def test_idle_adapters_give_way_the_reserved_ones_last_and_others_do_not():
     store = Store(ALIKE, 30, 20)
     each = store.pool.pages_wanted(adapter(0)) // store.source.unit_pages
-    for key in ("oldest", "used", "named", "newer"):
+    for key in ("urgent", "later", "used", "old", "new"):
         store.pool.load(key, adapter(len(key)))
     store.pool.acquire("used")
-    store.pool.name({"used", "named"})
-    assert store.manager.free_blocks == 30 - 2 * each and store.manager.unheld_blocks == 30 - 4 * each
-    taken = store.manager.take(30 - 4 * each)
-    assert len(store.pool.resident()) == 4, "free blocks go first"
-    taken += store.manager.take(1)
-    assert store.pool.resident() == ["named", "newer", "used"]
+    store.pool.reserve(["urgent", "later", "gone"])
+    assert store.manager.free_blocks == 30 - each and store.manager.unheld_blocks == 30 - 5 * each
+    taken = store.manager.take(30 - 5 * each)
+    assert len(store.pool.resident()) == 5, "free blocks go first"
+    for left in (["urgent", "later", "new", "used"], ["urgent", "later", "used"], ["urgent", "used"], ["used"]):
+        taken += store.manager.take(1)
+        assert store.pool.resident() == left
+        taken += store.manager.take(each - 1)
+        assert store.pool.resident() == left
     with pytest.raises(OutOfBlocks):
-        store.manager.take(2 * each)
-    taken += store.manager.take(2 * each - 1)
-    assert store.pool.resident() == ["named", "used"] and not store.manager.free_blocks
-    store.pool.name(set())
+        store.manager.take(1)
+    store.pool.release("used")
     assert store.manager.free_blocks == each
     store.manager.check([], [taken, *([r.units for r in store.pool._residents])])
+
+
+def test_a_load_evicts_nobody_that_is_reserved():
+    store = Store(ALIKE, 30, 8)
+    each = store.pool.pages_wanted(adapter(0)) // store.source.unit_pages
+    for key in ("urgent", "other"):
+        store.pool.load(key, adapter(len(key)))
+    store.pool.reserve(["urgent"])
+    taken = store.manager.take(30 - 2 * each)
+    assert store.pool.room.lacks(store.pool.pages_wanted(adapter(1))) == 2 * each
+    store.pool.load("new", adapter(1))
+    assert store.pool.resident() == ["urgent", "new"]
+    store.pool.reserve(["urgent", "new"])
+    with pytest.raises(PoolFull):
+        store.pool.load("more", adapter(2))
+    assert store.pool.room.lacks(store.pool.pages_wanted(adapter(2))) == 3 * each, "with theirs, which count as free"
+    store.manager.give(taken)
 
 
 def test_a_load_takes_no_more_than_its_part_and_leaves_what_streams_will_want():
@@ -233,7 +251,7 @@ def test_random_histories_of_sequences_steps_and_adapters_keep_the_books():
             store.pool.acquire(held[-1])
         elif held:
             store.pool.release(held.pop(rng.randrange(len(held))))
-        store.pool.name({key for key in store.pool.resident() if rng.random() < 0.2})
+        store.pool.reserve([key for key in store.pool.resident() if rng.random() < 0.2])
         units = [r.units for r in store.pool._residents]
         store.pool.check()
         store.manager.check(sequences, [*steps, *units])

@@ -190,7 +190,7 @@ def test_tables_of_one_process_end_when_the_time_is_up(capsys: pytest.CaptureFix
 
     assert limited(["short"], run, None, results) == 0
     assert "It took 0 s." in capsys.readouterr().out
-    assert limited(["short", "long", "unrun", "other"], run, 0.002, results) == 1
+    assert limited(["short", "long", "unrun", "other"], run, 0.02, results) == 1
     output = capsys.readouterr().out
     assert output.count("### The table long") == 1 and "| 1 |" in output and output.count("ended before") == 1
     assert output.endswith("Not begun, because the time was up: unrun, other.\n")

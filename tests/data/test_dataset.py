@@ -186,7 +186,10 @@ JSON = st.recursive(
 
 
 @pytest.mark.security
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=120, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
 @given(st.lists(JSON | st.binary(max_size=30), max_size=5))
 def test_no_content_breaks_it(prepare, rows):
     encoded = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=True).encode() for row in rows]

@@ -28,7 +28,7 @@ def server(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with server.openai(timeout=60) as client:
+    with server.openai(timeout=150) as client:
         yield client
 
 

@@ -105,7 +105,7 @@ class Client:
     def __init__(self, server: LiveServer, ids: list[int]) -> None:
         host, port = server.url.removeprefix("http://").split(":")
         body = json.dumps({"model": "tiny", "prompt": ids, "max_tokens": 1000, "stream": True, "ignore_eos": True})
-        self._socket = socket.create_connection((host, int(port)), timeout=30)
+        self._socket = socket.create_connection((host, int(port)), timeout=100)
         self._socket.sendall(
             f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {server.key}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()

@@ -23,7 +23,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    with LiveServer(model, tmp_path_factory.mktemp("server") / "data", grace_seconds=GRACE_SECONDS) as server:
+    patient = {"COSERVE_ENGINE_PATIENCE_SECONDS": "100"}  # requests wait for the next engine, however slow its start
+    data = tmp_path_factory.mktemp("server") / "data"
+    with LiveServer(model, data, environment=patient, grace_seconds=GRACE_SECONDS) as server:
         yield server
 
 

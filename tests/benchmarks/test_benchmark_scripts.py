@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+pytestmark = pytest.mark.timeout(900)  # of a run that hangs
+
 
 def table(output: str) -> dict[str, list[str]]:
     """First cell -> the other cells of a row."""

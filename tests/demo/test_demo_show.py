@@ -36,11 +36,11 @@ def server_is_gone(data_dir):
     return not (data_dir / "run").exists()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_the_show_ends_by_itself_and_holds(model, tmp_path):
     show = start(model, tmp_path / "data")
     try:
-        shown, _ = show.communicate(timeout=200)
+        shown, _ = show.communicate(timeout=550)
     finally:
         show.kill()
     assert show.returncode == 0, shown

@@ -27,7 +27,7 @@ def run_job(folder: Path, asked, itl: float = 5.0) -> tuple[SteppedEngine, dict[
     engine = SteppedEngine(folder, blocks=128, itl=itl, train_window=16, ahead=False, asked=asked)
     write_job(folder, "job", DIGEST, training_rows(16), batch_size=8, n_epochs=2)
     engine.trainer.start("job")
-    engine.until(lambda: not engine.trainer.job_ids, seconds=60)
+    engine.until(lambda: not engine.trainer.job_ids, seconds=150)
     last = json.loads((folder / "jobs" / "job" / "events.jsonl").read_text().splitlines()[-1])
     assert last["kind"] == "finished"
     weights = load_file(folder / last["data"]["path"] / "adapter_model.safetensors")

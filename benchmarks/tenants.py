@@ -147,11 +147,17 @@ def by_weight(arguments: Any, vocabulary: int, weight: int) -> dict[str, float]:
     environment = {"COSERVE_TENANTS": json.dumps({"a": {"weight": weight}, "b": {"weight": 1}})}
     with Server(arguments.model, arguments.threads, environment=environment, max_running=RUNNING) as server:
         loads: dict[str, Load] = {}
+        had_its_time: set[str] = set()
 
         def keep_waiting(name: str, seed: int) -> None:
+            def enough() -> bool:
+                """Both have had theirs: the one that began later, too, beside the other."""
+                had_its_time.add(name)
+                return len(had_its_time) == 2
+
             prompts = random_prompts(random.Random(seed), arguments.prompt, vocabulary)
             loads[name] = server.load(
-                2 * RUNNING, arguments.seconds, prompts, arguments.new_tokens, client_of=server.tenant(name)
+                2 * RUNNING, arguments.seconds, prompts, arguments.new_tokens, enough, 60.0, server.tenant(name)
             )
 
         both = [threading.Thread(target=keep_waiting, args=(name, seed)) for name, seed in (("a", 1), ("b", 2))]

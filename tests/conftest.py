@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+
+with contextlib.suppress(ImportError):  # a machine with a GPU runs the kernels' tests without it
+    from hypothesis import HealthCheck, settings
+
+    # The same examples in every run, as in the scheduler's property tests; however slow the machine draws them.
+    settings.register_profile("repeatable", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("repeatable")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ PROMPTS = ["Hello world", "The quick brown fox", "one two three", "Zürich 東�
 
 @pytest.fixture(scope="module")
 def client(server):
-    with server.openai(max_retries=0, timeout=60) as client:
+    with server.openai(max_retries=0, timeout=150) as client:
         yield client
 
 

@@ -34,7 +34,7 @@ def test_the_tenants_time_is_the_servers_unless_its_entry_says_so_and_a_request_
         assert await had(world, 1) == 30.0
         assert await had(world, 2, world.b) == 60.0
         assert await had(world, 3, request_timeout_seconds=30) == 30.0
-        assert await had(world, 4, request_timeout_seconds=0.5) == 0.5
+        assert await had(world, 4, request_timeout_seconds=9.5) == 9.5
         assert await had(world, 5, request_timeout_seconds=None) == 30.0
 
     in_world(tmp_path, scenario, **LIMITS)
@@ -103,7 +103,7 @@ def test_a_stream_that_has_begun_ends_with_an_error_event(tmp_path):
 
 def test_the_next_engine_is_told_the_old_deadline_and_none_is_needed_to_keep_it(tmp_path):
     async def scenario(world):
-        asking = asyncio.create_task(world.a.post("/v1/completions", json={**ASK, "request_timeout_seconds": 0.7}))
+        asking = asyncio.create_task(world.a.post("/v1/completions", json={**ASK, "request_timeout_seconds": 3}))
         first = await first_request(world)
         await world.engine.crash()
         second = await first_request(world, 2)
@@ -111,7 +111,7 @@ def test_the_next_engine_is_told_the_old_deadline_and_none_is_needed_to_keep_it(
         await world.engine.stop()
         answer = await asking
         assert (answer.status_code, answer.json()["error"]["code"]) == (408, "deadline_exceeded")
-        assert time.monotonic() < first.deadline + 5.0
+        assert time.monotonic() < first.deadline + 10.0
         await world.until(lambda: world.services.generation.running == 0)
 
     in_world(tmp_path, scenario)

@@ -29,7 +29,7 @@ def run_benchmark(bench_model: Path, tmp_path: Path) -> Callable[..., tuple[str,
         done = subprocess.run(
             [sys.executable, str(BENCHMARKS / script), f"--model={bench_model}", "--threads=1", f"--json={figures}",
              *map(str, arguments)],
-            capture_output=True, text=True, timeout=240,
+            capture_output=True, text=True, timeout=880,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout, json.loads(figures.read_text())

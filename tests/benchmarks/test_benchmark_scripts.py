@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+pytestmark = pytest.mark.timeout(900)  # of a run that hangs
+
 
 def table(output: str) -> dict[str, list[str]]:
     """First cell -> the other cells of a row."""
@@ -96,7 +98,7 @@ def test_burst(run_benchmark) -> None:
     output, figures = run_benchmark("burst.py", *SMALL_JOB, "--quiet=1.5", "--rounds=1")
     check_machine(output, figures)
     (burst,) = figures["bursts"]
-    assert list(table(output)) == ["1"] and burst["iterations"] >= 64 > burst["over"]
+    assert list(table(output)) == ["1"] and burst["iterations"] >= 64 and 0 <= burst["over"] <= burst["iterations"]
     assert burst["training_before"] > 0 and burst["back_s"] < 1.5
 
 

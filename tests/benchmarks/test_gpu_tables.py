@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(900)  # of a run that hangs
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TABLES = ("decode", "adapters", "training", "co-serving", "exactness", "attention")
 # What a machine with a GPU may lack; for every process of the run, as if it were not installed.
@@ -37,7 +39,7 @@ def gpu(tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / "gpu.py"), "--smoke", "--device=cpu", "--threads=1", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, timeout=880,
     )  # fmt: skip
 
 
@@ -64,7 +66,7 @@ def test_every_table_is_printed_whole_with_its_aims(smoke: tuple[str, dict[str, 
     assert list(tables) == list(TABLES) and all(table["complete"] for table in tables.values())
     for table in tables.values():
         assert f"### {table['title']}" in output and "Toy size: these figures say" in output
-        assert 0 <= table["seconds"] < 240 and f"It took {table['seconds']:.0f} s." in output
+        assert 0 <= table["seconds"] < 880 and f"It took {table['seconds']:.0f} s." in output
         assert {"date", "torch", "transformers", "peft", "triton", "commit"} <= set(table["machine"])
         for aim in table["aims"]:
             said = {True: "met", False: "missed", None: "not measured"}[aim["met"]]
@@ -190,7 +192,7 @@ def test_tables_of_one_process_end_when_the_time_is_up(capsys: pytest.CaptureFix
 
     assert limited(["short"], run, None, results) == 0
     assert "It took 0 s." in capsys.readouterr().out
-    assert limited(["short", "long", "unrun", "other"], run, 0.002, results) == 1
+    assert limited(["short", "long", "unrun", "other"], run, 0.02, results) == 1
     output = capsys.readouterr().out
     assert output.count("### The table long") == 1 and "| 1 |" in output and output.count("ended before") == 1
     assert output.endswith("Not begun, because the time was up: unrun, other.\n")

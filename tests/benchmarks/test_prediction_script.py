@@ -26,7 +26,7 @@ def test_errors_are_counted_by_kind(tmp_path: Path) -> None:
     (tmp_path / "both.json").write_text(json.dumps({"data": data}))
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path / "both.json"), f"--json={tmp_path / 'out.json'}"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())["both"]
@@ -59,6 +59,6 @@ def test_a_live_server_is_judged(run_benchmark) -> None:
 def test_a_file_without_predictions_is_refused(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(json.dumps([{"tokens": {"decode": 1}, "measured_s": 0.1}]))
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path / "old.json")], capture_output=True, text=True, timeout=60
+        [sys.executable, str(SCRIPT), str(tmp_path / "old.json")], capture_output=True, text=True, timeout=150
     )
     assert done.returncode != 0 and "no iteration with a prediction" in done.stderr

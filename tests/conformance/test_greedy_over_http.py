@@ -42,7 +42,7 @@ def test_answers_equal_generate_with_other_requests_adapters_and_a_job_beside(ar
         together = threading.Barrier(len(asked))
 
         def ask(model: str, ids: list[int]):
-            together.wait(10)
+            together.wait(100)
             return greedy(client, model, ids, TOKENS).choices[0]
 
         with ThreadPoolExecutor(len(asked)) as pool:

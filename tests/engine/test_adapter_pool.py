@@ -220,7 +220,7 @@ def test_random_histories_never_mix_adapters():
 
 
 def wait_for(loader, count=1):
-    arrived, deadline = [], time.monotonic() + 5
+    arrived, deadline = [], time.monotonic() + 60
     while len(arrived) < count and time.monotonic() < deadline:
         arrived += loader.poll()
         time.sleep(0.002)
@@ -232,7 +232,7 @@ def test_folders_are_read_beside_the_caller():
 
     def read(path):
         reads.append(path.name)
-        gate.wait(5)
+        gate.wait(60)
         return adapter(int(path.name))
 
     loader = AdapterLoader(read, 1 << 20)
@@ -242,7 +242,7 @@ def test_folders_are_read_beside_the_caller():
             loader.request("d1", Path("/adapters/1"))
         loader.request("d2", Path("/adapters/2"))
         assert loader.poll() == []
-        assert time.monotonic() - started < 1, "a request waited for the disk"
+        assert time.monotonic() - started < 20, "a request waited for the disk"
         assert loader.pending("d1") and loader.busy
         gate.set()
         arrived = dict(wait_for(loader, 2))

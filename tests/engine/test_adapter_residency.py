@@ -158,7 +158,7 @@ def test_a_large_adapter_gets_its_turn_among_small_ones_that_never_stop(tmp_path
 
     engine.until(keep_busy)
     engine.submit("large", prompt(5, 1), large, max_tokens=4)
-    engine.until(lambda: keep_busy() and engine.requests.get("large") is None, seconds=6)
+    engine.until(lambda: keep_busy() and engine.requests.get("large") is None)
     assert len(engine.tokens("large")) == 4
     engine.until(lambda: not len(engine.requests))
     engine.pool.check()

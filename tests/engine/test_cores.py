@@ -106,12 +106,13 @@ def test_the_kernel_counts_running_threads():
     before = read_thread_time()
     if before is None:
         pytest.skip("this kernel keeps no schedstat")
-    end = time.monotonic() + 0.2
-    while time.monotonic() < end:
+    begun, end = time.monotonic(), time.thread_time() + 0.2
+    while time.thread_time() < end:  # of this thread, however much others take of the cores
         pass
     after = read_thread_time()
     assert after is not None
-    assert 0.02 < (after.running - before.running) + (after.waiting - before.waiting) < 2.0
+    most = (time.monotonic() - begun) * threading.active_count() * 3 + 1.0  # torch's own threads have no names here
+    assert 0.02 < (after.running - before.running) + (after.waiting - before.waiting) < most
 
 
 def test_a_side_thread_works_alone_and_leaves_the_others_their_teams():

@@ -86,7 +86,7 @@ def test_tokens_weights_and_books_are_those_of_an_engine_that_waits(tmp_path, or
 
 def test_what_is_expected_is_what_comes(tmp_path):
     """From first tokens to last ones, which lengths say; two streams share a block, which the first to end leaves."""
-    engine = SteppedEngine(tmp_path, blocks=20, ahead=True)
+    engine = SteppedEngine(tmp_path, blocks=20, ahead=True, itl=1e3)
     for name, most in (("a", 20), ("b", 9), ("c", 40)):
         engine.submit(name, prompt(40 if name == "c" else 20, 1), max_tokens=most)
         while len(engine.tokens(name)) < 3:
@@ -95,7 +95,9 @@ def test_what_is_expected_is_what_comes(tmp_path):
         engine.engine.step()
         assert engine.engine._ahead.state == engine.engine._outlook.now()
     assert [len(engine.tokens(name)) for name in "abc"] == [20, 9, 40]
-    assert plans(engine)[0] > 30  # more were no good if an iteration stalled
+    # After an iteration longer than its upper estimate, which may be the machine's fault, all are made anew.
+    stalled = sum(r["measured_s"] > r["upper_s"] for r in engine.engine._iterations.latest(2000))
+    assert plans(engine)[0] > 30 - stalled
 
 
 def test_what_comes_meanwhile_is_in_the_very_next_iteration(tmp_path):

@@ -61,7 +61,7 @@ def engine_with_a_step(folder: Path, streams: dict[str, int], activations: str, 
     assert engine.requests.blocks.free_blocks < 150
     for name, most in streams.items():
         engine.submit(name, prompt(40, len(name)), max_tokens=most)
-    engine.until(lambda: not len(engine.requests) and not engine.trainer.job_ids, seconds=60)
+    engine.until(lambda: not len(engine.requests) and not engine.trainer.job_ids, seconds=150)
     engine.requests.blocks.check([])
     return engine
 

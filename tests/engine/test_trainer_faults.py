@@ -144,13 +144,14 @@ def test_a_step_whose_sweep_is_lost_is_run_again_and_counts_once(tmp_path, fault
 def test_generation_that_takes_the_memory_again_and_again_delays_a_job_and_never_fails_it(tmp_path):
     driver = Driver(tmp_path, prepare(tmp_path, a={"n_epochs": 1}))
     for _ in range(3):
-        driver.trainer._rest = 0.01
+        driver.trainer._rest = 1000.0
         driver.until(lambda: driver.sweep_of("a") is not None)
         number, sweep = driver.sweep_of("a")
         sweep.release()
         driver.trainer.lose({number: YIELDED})
         driver.trainer.tick()
-        assert not driver.trainer.sweeps, "it rests"
+        assert not driver.trainer.sweeps and driver.trainer._rest_until > time.monotonic(), "it rests"
+        driver.trainer._rest_until = 0.0
     driver.run()
     assert driver.events("a")[-1]["kind"] == "finished"
 

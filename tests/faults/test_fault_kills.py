@@ -29,7 +29,7 @@ def test_kill_9_of_the_engine(server):
     job.until_step(15)
     stream = Stream(server)
     old = server.kill("engine")
-    stream.wait(10)
+    stream.wait(60)
     assert isinstance(stream.error, openai.APIError) and stream.error.code == "engine_restarted"
     assert stream.pieces and stream.finish is None
     waiting = server.openai(timeout=60, max_retries=5).completions.create(model="tiny", prompt="hi", max_tokens=3)
@@ -51,11 +51,11 @@ def test_kill_9_of_the_gateway(server):
     job.until_step(3)
     stream = Stream(server)
     old = server.kill("gateway")
-    stream.wait(10)
+    stream.wait(60)
     assert stream.error is not None and stream.finish is None  # never mistaken for a whole answer
     server.wait_restarted("gateway", old)
     assert server.pid("engine") == engine and alive(engine)
-    server.until(lambda: metric(server, "coserve_requests_running") == 0, 5)
+    server.until(lambda: metric(server, "coserve_requests_running") == 0, 30)
     assert job.succeeded().progress["step"] == 200
 
 
@@ -70,7 +70,7 @@ def test_a_stopped_engine_is_seen_and_replaced(server):
     old = server.pid("engine")
     start = time.monotonic()
     server.kill("engine", signal.SIGSTOP)
-    server.until(lambda: not server.is_ready(), 6)
+    server.until(lambda: not server.is_ready(), 30)
     server.wait_restarted("engine", old)
     assert not alive(old) and time.monotonic() - start > 4
 
@@ -78,7 +78,7 @@ def test_a_stopped_engine_is_seen_and_replaced(server):
 def test_a_locked_data_directory_exits_4(server, tiny_model):
     done = subprocess.run(
         [*COSERVE, "serve", "--model", str(tiny_model), "--data-dir", str(server.data_dir), "--port", "0"],
-        capture_output=True, text=True, timeout=20,
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 4 and str(server.process.pid) in done.stderr and "--data-dir" in done.stderr
     assert server.is_ready()
@@ -90,7 +90,7 @@ def test_kill_9_of_the_supervisor_right_after_a_create(server, tiny_model):
     pids = [server.pid("engine"), server.pid("gateway")]
     job = Job(server, 5)
     server.process.kill()
-    server.until(lambda: not any(map(alive, pids)), 5)
+    server.until(lambda: not any(map(alive, pids)), 30)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))

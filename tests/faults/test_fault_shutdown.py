@@ -19,16 +19,16 @@ pytestmark = pytest.mark.faults
 
 def test_sigterm_with_streams_and_a_job(tiny_model, tmp_path):
     data = tmp_path / "data"
-    with LiveServer(tiny_model, data, grace_seconds=30) as server:
+    with LiveServer(tiny_model, data, grace_seconds=120) as server:
         job = Job(server, 200, checkpoint_every=1000)
         job.until_step(5)
         streams = [Stream(server) for _ in range(3)]
         pids = [server.pid("engine"), server.pid("gateway")]
         start = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 60, "it waits for what runs, and no longer"
         for stream in streams:
-            stream.wait(5)
+            stream.wait(60)
             assert stream.finish == "length" and stream.error is None, stream.error
         assert not any(map(alive, pids))
     # what the end has saved is all there is, and the job goes on from there
@@ -36,7 +36,7 @@ def test_sigterm_with_streams_and_a_job(tiny_model, tmp_path):
     assert len(saved) == 1 and int(saved[0].removeprefix("step-")) >= 5
     with LiveServer(tiny_model, data, grace_seconds=2) as again:
         job.server = again
-        assert job.succeeded(90).progress["step"] == 200
+        assert job.succeeded().progress["step"] == 200
         events = again.openai().fine_tuning.jobs.list_events(job.id, limit=100)
         assert [e.data["step"] for e in events if e.type == "metrics"].count(1) == 1
         a_stream_longer_than_the_grace_period_ends_with_an_error(again)
@@ -48,14 +48,14 @@ def a_stream_longer_than_the_grace_period_ends_with_an_error(server: LiveServer)
     os.kill(engine, signal.SIGSTOP)  # no token comes any more
     start = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(10) == 1  # the engine had to be killed
-    assert time.monotonic() - start < 4
-    stream.wait(5)
+    assert server.process.wait(60) == 1  # the engine had to be killed
+    assert time.monotonic() - start < 2 + 8
+    stream.wait(60)
     assert stream.error is not None and stream.finish is None
     assert not alive(engine)
 
 
-def serve(*arguments: str, seconds: float = 60) -> subprocess.CompletedProcess:
+def serve(*arguments: str, seconds: float = 120) -> subprocess.CompletedProcess:
     return subprocess.run([*COSERVE, "serve", *arguments], capture_output=True, text=True, timeout=seconds)
 
 

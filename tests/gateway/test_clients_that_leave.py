@@ -7,6 +7,7 @@ import time
 from http_gateway import RawClient, aborted, first_request, give, listening, requests
 from scripted_engine import in_world
 
+AT_ONCE = 8  # seconds, on a machine that does other things: the next write to a client comes after fifteen
 STREAM = {"model": "base", "prompt": "hello", "stream": True, "max_tokens": 200}
 
 
@@ -25,8 +26,8 @@ def test_a_stream_that_is_closed_is_aborted_and_paid_for(tmp_path):
             await anext(client.events())
             closed = time.monotonic()
             client.close()
-            await world.until(lambda: aborted(world) == [request.request_id], seconds=1)
-            assert time.monotonic() - closed < 1
+            await world.until(lambda: aborted(world) == [request.request_id], seconds=AT_ONCE)
+            assert time.monotonic() - closed < AT_ONCE
 
             async def written():
                 totals = await ledger(world)
@@ -46,7 +47,7 @@ def test_a_plain_request_and_a_queued_stream_too(tmp_path):
                 client.post(world, "/v1/completions", body)
                 request = await first_request(world, count)
                 client.close()
-                await world.until(lambda request=request: request.request_id in aborted(world), seconds=1)
+                await world.until(lambda request=request: request.request_id in aborted(world), seconds=AT_ONCE)
 
                 async def written(count=count):
                     return (await ledger(world)).requests == count
@@ -85,7 +86,7 @@ def test_all_choices_of_a_closed_stream_are_aborted(tmp_path):
             give(world, await first_request(world, 4), 40)
             await anext(client.events())
             client.close()
-            await world.until(lambda: len(aborted(world)) == 4, seconds=1)
+            await world.until(lambda: len(aborted(world)) == 4, seconds=AT_ONCE)
 
     in_world(tmp_path, scenario)
 

@@ -118,8 +118,12 @@ def test_readiness_follows_the_engine(tmp_path):
 def test_an_engine_that_falls_silent_is_not_ready(tmp_path):
     async def scenario(world):
         await world.until(lambda: not world.services.engine.ready)
-        world.engine.push(Stats(0.0, {}, {}))
-        await world.until(lambda: world.services.engine.ready)
+
+        def heard() -> bool:  # said again at every look: ready lasts for 0.3 s only
+            world.engine.push(Stats(0.0, {}, {}))
+            return world.services.engine.ready
+
+        await world.until(heard)
 
     in_world(tmp_path, scenario, engine_silence_seconds=0.3)
 
@@ -167,17 +171,19 @@ def test_a_failure_right_behind_text_that_is_held_back_is_told(tmp_path, stream)
 
     async def scenario(world):
         text = world.services.text.detokenizer(True, ()).feed(40)
-        body = {**PLAIN, "stream": stream, "stop": text + "and more"}
-        asking = asyncio.create_task(world.a.post("/v1/completions", json=body))
-        request = await first_request(world)
-        if stream:
-            give(world, request, 41)  # the answer has begun, with status 200
-            await asyncio.sleep(0.1)
-        give(world, request, 40)
-        world.engine.push(Failed(request.request_id, "out_of_memory", ""))
-        answer = await asyncio.wait_for(asking, 5)
-        assert answer.status_code == (200 if stream else 503)
-        assert "out_of_memory" in answer.text
+        async with listening(world) as port:
+            client = await RawClient.open(port)
+            client.post(world, "/v1/completions", {**PLAIN, "stream": stream, "stop": text + "and more"})
+            request = await first_request(world)
+            if stream:
+                give(world, request, 41)
+                assert " 200 " in await client.head(), "the answer has begun"
+            give(world, request, 40)
+            world.engine.push(Failed(request.request_id, "out_of_memory", ""))
+            if not stream:
+                assert " 503 " in await client.head()
+            assert await asyncio.wait_for(client.reader.readuntil(b"out_of_memory"), 30)
+            client.close()
 
     in_world(tmp_path, scenario)
 

@@ -5,6 +5,15 @@ import asyncio
 from scripted_engine import in_world
 
 
+async def asked_to_pause(world, job_id):
+    """Wait until the gateway has entered a pause that the engine has not carried out."""
+
+    async def entered():
+        return (await world.job(job_id))["progress"]["reason"] == "pausing"
+
+    await world.until(entered)
+
+
 def test_cancel_in_every_phase_is_idempotent(tmp_path):
     async def scenario(world):
         engine, url = world.engine, "/v1/fine_tuning/jobs"
@@ -119,7 +128,7 @@ def test_a_pause_asked_for_while_the_engine_is_away_holds(tmp_path):
         await engine.stop()
         await world.until(lambda: world.services.engine.engine is None)
         pausing = asyncio.create_task(world.a.post(f"/v1/fine_tuning/jobs/{job_id}/pause"))
-        await asyncio.sleep(0.02)
+        await asked_to_pause(world, job_id)
         await engine.crash()
         assert (await pausing).json()["status"] == "paused"
         await asyncio.sleep(0.05)
@@ -153,7 +162,7 @@ def test_a_job_that_finished_before_its_pause_reached_it_has_succeeded(tmp_path)
         await engine.stop()
         await world.until(lambda: world.services.engine.engine is None)
         pausing = asyncio.create_task(world.a.post(f"/v1/fine_tuning/jobs/{other}/pause"))
-        await asyncio.sleep(0.02)
+        await asked_to_pause(world, other)
         engine.pid += 1  # a process that says nothing of the job
         await engine.start()
         assert (await pausing).json()["status"] == "paused"

@@ -18,7 +18,7 @@ def test_lost_repeated_and_late_events_are_applied_once_and_in_order(tmp_path):
         async def there():
             return (await world.messages(job_id))[-1] == "second, pushed"
 
-        await world.until(there, 2)
+        await world.until(there)
         engine.push(second)
         engine.tell(job_id, "warning", "third")
 

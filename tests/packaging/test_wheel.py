@@ -98,13 +98,13 @@ def test_it_serves_as_another_user_with_a_long_data_directory(wheel):
         log = (root / "log").open("w+")
         server = subprocess.Popen(command, env=environment, cwd="/", stdout=log, stderr=log, **user)
         try:
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 150
             while not (found := re.search(r"OPENAI_BASE_URL=(\S+)/v1", (root / "log").read_text())):
                 assert server.poll() is None and time.monotonic() < deadline, (root / "log").read_text()
                 time.sleep(0.1)
             key = (data / "admin-key").read_text().strip()
             reply = httpx.post(
-                f"{found[1]}/v1/completions", headers={"authorization": f"Bearer {key}"}, trust_env=False, timeout=30,
+                f"{found[1]}/v1/completions", headers={"authorization": f"Bearer {key}"}, trust_env=False, timeout=100,
                 json={"model": "model", "prompt": "hello", "max_tokens": 4},
             )  # fmt: skip
             assert reply.status_code == 200, reply.text
@@ -112,5 +112,5 @@ def test_it_serves_as_another_user_with_a_long_data_directory(wheel):
             assert "Permission" not in (root / "log").read_text()
         finally:
             server.terminate()
-            assert server.wait(40) == 0, (root / "log").read_text()
+            assert server.wait(150) == 0, (root / "log").read_text()
             log.close()

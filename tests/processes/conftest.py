@@ -20,7 +20,7 @@ from coserve.server.config import resolve_settings
 from coserve.server.processes.child import Timing
 from coserve.server.processes.preflight import CannotStart
 from coserve.server import supervisor
-given = dict(model="org/none", data_dir=sys.argv[1], port=int(sys.argv[2]), grace_seconds=2)
+given = dict(model="org/none", data_dir=sys.argv[1], port=int(sys.argv[2]), grace_seconds=float(sys.argv[5]))
 settings = resolve_settings(given, environ={})
 supervisor.log_to_stderr("info")
 try:
@@ -31,7 +31,7 @@ except CannotStart as error:
 async def run():
     return await supervisor.Supervisor(
         server, engine=(sys.executable, "-P", sys.argv[3]), gateway=(sys.executable, "-P", sys.argv[4]),
-        timing=Timing(silence=1.5, first_backoff=0.05, longest_backoff=0.2, start_attempts=4),
+        timing=Timing(silence=float(sys.argv[6]), first_backoff=0.05, longest_backoff=0.2, start_attempts=4),
         announce=lambda text: print(text, flush=True),
     ).run()
 code = asyncio.run(run())
@@ -77,9 +77,16 @@ while True:
 
 
 class Running:
-    """One supervisor with its children, and what is known of them from outside."""
+    """One supervisor with its children, and what is known of them from outside.
 
-    def __init__(self, folder: Path, engine: str, gateway: str, port: int = 0, drain: float = 0.0) -> None:
+    It waits long before it calls a child stuck or ends one that drains, but where a test is about that: a child that
+    gets no core for two seconds is neither.
+    """
+
+    def __init__(
+        self, folder: Path, engine: str, gateway: str, port: int = 0, drain: float = 0.0, grace: float = 40.0,
+        silence: float = 30.0,
+    ) -> None:  # fmt: skip
         self.data = folder / "data"
         tmp = folder / "t"
         tmp.mkdir(exist_ok=True)
@@ -92,7 +99,8 @@ class Running:
         self.err = folder / "stderr"
         with self.err.open("ab") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", RUNNER, str(self.data), str(port), *scripts],
+                [sys.executable, "-P", "-c", RUNNER, str(self.data), str(port), *scripts, str(grace),
+                 str(silence)],
                 stdout=subprocess.PIPE, stderr=err, text=True, env={**os.environ, "TMPDIR": str(tmp)},
                 start_new_session=True,  # a terminal's Ctrl-C goes to a group: here to this one
             )  # fmt: skip
@@ -113,7 +121,7 @@ class Running:
     def pid(self, name: str) -> int:
         return self.events(name, "start")[-1][2]
 
-    def until(self, condition, seconds: float = 8.0):
+    def until(self, condition, seconds: float = 60.0):
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             assert time.monotonic() < deadline, self.err.read_text()
@@ -122,11 +130,11 @@ class Running:
 
     def get(self) -> int:
         """The pid of the gateway that answers."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=8)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("GET", "/readyz")
         return int(connection.getresponse().read())
 
-    def exit_code(self, seconds: float = 8.0) -> int:
+    def exit_code(self, seconds: float = 60.0) -> int:
         return self.process.wait(seconds)
 
     def close(self) -> None:

@@ -59,7 +59,7 @@ def test_kill_9_of_the_supervisor_leaves_no_orphan_and_a_free_port(launch):
     server.wait_ready()
     pids = [server.pid("engine"), server.pid("gateway")]
     server.process.kill()
-    server.until(lambda: not any(map(launch.alive, pids)), seconds=3)
+    server.until(lambda: not any(map(launch.alive, pids)), seconds=20)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", server.port))
@@ -96,7 +96,7 @@ def test_a_child_that_worked_once_is_started_for_ever(launch):
 
 
 def test_a_stopped_child_is_killed_and_started_again(launch):
-    server = launch()
+    server = launch(silence=1.5)
     server.wait_ready()
     before = server.pid("engine")
     os.kill(before, signal.SIGSTOP)
@@ -106,31 +106,31 @@ def test_a_stopped_child_is_killed_and_started_again(launch):
 
 
 def test_a_long_start_is_no_silence(launch):
-    server = launch(engine=launch.child + "time.sleep(3)\n" + launch.engine.removeprefix(launch.child))
+    server = launch(engine=launch.child + "time.sleep(3)\n" + launch.engine.removeprefix(launch.child), silence=1.5)
     server.wait_ready()
     time.sleep(2.5)
     assert len(server.events("engine", "start")) == 1
 
 
 def test_a_child_that_does_not_end_is_killed_inside_the_grace_period(launch):
-    server = launch(drain=60)
+    server = launch(drain=600, grace=2)
     server.wait_ready()
     start = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert server.exit_code() == 1
-    assert 1.3 < time.monotonic() - start < 2.5
+    assert 1.3 < time.monotonic() - start < 2 + 5  # five for what else the machine does
     assert not launch.alive(server.pid("engine")) and not launch.alive(server.pid("gateway"))
 
 
 def test_a_second_signal_stops_at_once(launch):
-    server = launch(drain=60)
+    server = launch(drain=600, grace=120)
     server.wait_ready()
-    start = time.monotonic()
     server.process.send_signal(signal.SIGINT)
     server.until(lambda: server.events("gateway", "term"))
+    start = time.monotonic()
     server.process.send_signal(signal.SIGINT)
     assert server.exit_code() == 1
-    assert time.monotonic() - start < 1.3
+    assert time.monotonic() - start < 15, "the grace period is 120 s"
 
 
 def test_ctrl_c_at_the_terminal_is_for_the_supervisor_alone(launch):

@@ -140,7 +140,10 @@ def test_parts_that_are_no_plain_names(directory, part):
 
 
 @pytest.mark.security
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
 @given(st.lists(st.text(max_size=12) | st.sampled_from(["..", ".", "/", "a", "tmp"]), max_size=4))
 def test_no_text_leads_out(directory, parts):
     try:

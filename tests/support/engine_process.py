@@ -30,7 +30,7 @@ from coserve.server.wire.messages import (
     Tokens,
 )  # fmt: skip
 
-READY_SECONDS = 60
+READY_SECONDS = 150
 AHEAD = {"plan_ahead": True} if os.environ.get("COSERVE_TEST_PLAN_AHEAD") == "1" else {}  # as on a GPU
 
 
@@ -121,7 +121,7 @@ class EngineProcess:
     def send(self, message: Any) -> None:
         self._socket.sendall(encode(message))
 
-    def receive(self, timeout: float = 60.0) -> Any:
+    def receive(self, timeout: float = 150.0) -> Any:
         self._socket.settimeout(timeout)
         while True:
             if len(self._pending) >= HEADER_BYTES:
@@ -134,7 +134,7 @@ class EngineProcess:
                 raise ConnectionError(f"the engine closed the connection:\n{self.log()}")
             self._pending += chunk
 
-    def pump(self, until, timeout: float = 60.0) -> None:
+    def pump(self, until, timeout: float = 150.0) -> None:
         """Receive and file messages until `until(message)` is true."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -155,7 +155,7 @@ class EngineProcess:
         params = SamplingParams(max_tokens=max_tokens, seed=seed, temperature=temperature, **sampling)
         self.send(Generate(request_id, tenant, tuple(prompt), params, adapter, salt, time.monotonic()))
 
-    def finish(self, *request_ids: str, timeout: float = 60.0) -> list[list[int]]:
+    def finish(self, *request_ids: str, timeout: float = 150.0) -> list[list[int]]:
         """Wait for sequences to end; their token ids."""
 
         def ended(request_id: str) -> bool:
@@ -177,12 +177,12 @@ class EngineProcess:
         self.submit(name, prompt, **options)
         return self.finish(name)[0]
 
-    def run_job(self, job_id: str, *, timeout: float = 120.0) -> dict[str, Any]:
+    def run_job(self, job_id: str, *, timeout: float = 200.0) -> dict[str, Any]:
         """Start a job and wait for its end; the last event's record."""
         self.send(StartJob(job_id, "t"))
         return self.wait_job(job_id, ("finished", "failed", "cancelled"), timeout=timeout)
 
-    def wait_job(self, job_id: str, kinds: tuple[str, ...], timeout: float = 120.0) -> dict[str, Any]:
+    def wait_job(self, job_id: str, kinds: tuple[str, ...], timeout: float = 200.0) -> dict[str, Any]:
         self.pump(lambda m: isinstance(m, JobEvent) and m.job_id == job_id and m.record["kind"] in kinds, timeout)
         return self.events[-1].record
 

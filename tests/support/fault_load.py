@@ -14,14 +14,14 @@ class Stream:
     """One streamed completion, read in the background by the official client."""
 
     def __init__(self, server: LiveServer, max_tokens: int = 450) -> None:
-        self._client = server.openai(max_retries=0, timeout=60)
+        self._client = server.openai(max_retries=0, timeout=120)
         self._max_tokens = max_tokens
         self.pieces: list[str] = []
         self.finish: str | None = None
         self.error: Any = None
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not self.pieces and self._thread.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -39,7 +39,7 @@ class Stream:
         except Exception as error:  # noqa: BLE001 - whatever the client raises is what the test looks at
             self.error = error
 
-    def wait(self, seconds: float = 30) -> Stream:
+    def wait(self, seconds: float = 120) -> Stream:
         self._thread.join(seconds)
         assert not self._thread.is_alive(), "the stream never ended"
         return self
@@ -69,7 +69,7 @@ class Job:
     def until_step(self, step: int) -> None:
         self.server.until(lambda: self.step >= step)
 
-    def succeeded(self, seconds: float = 60) -> Any:
+    def succeeded(self, seconds: float = 200) -> Any:
         """The job, once it has succeeded."""
         job = self.server.until(lambda: (j := self.get()).status in ("succeeded", "failed", "cancelled") and j, seconds)
         assert job.status == "succeeded", job

@@ -52,7 +52,7 @@ def job_step(client: Any, job_id: str) -> int:
     return client.fine_tuning.jobs.retrieve(job_id).progress["step"] or 0
 
 
-def succeeded(server: LiveServer, client: Any, job_id: str, seconds: float = 120) -> Any:
+def succeeded(server: LiveServer, client: Any, job_id: str, seconds: float = 200) -> Any:
     """The job, once it has succeeded."""
 
     def over() -> Any:

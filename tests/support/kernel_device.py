@@ -29,8 +29,9 @@ def kernel_device() -> torch.device:
 
 
 def fresh_seed() -> int:
-    """A new seed every run, printed; KERNEL_SEED=N repeats one."""
-    seed = int(os.environ.get("KERNEL_SEED") or random.SystemRandom().randrange(2**31))
+    """On a GPU a new seed every run, elsewhere always the same; it is printed, and KERNEL_SEED=N repeats one."""
+    new = random.SystemRandom().randrange(2**31) if torch.cuda.is_available() and not INTERPRETED else 1
+    seed = int(os.environ.get("KERNEL_SEED") or new)
     print(f"KERNEL_SEED={seed}")
     return seed
 

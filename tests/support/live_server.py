@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 COSERVE = (sys.executable, "-P", "-m", "coserve.server.cli")
-READY_SECONDS = 90
+READY_SECONDS = 150
 
 
 class LiveServer:
@@ -72,7 +72,7 @@ class LiveServer:
     def client_environment(self) -> dict[str, str]:
         return {**os.environ, "COSERVE_BASE_URL": self.url, "COSERVE_API_KEY": self.key}
 
-    def http(self, key: str | None = None, timeout: float = 30.0) -> httpx.Client:
+    def http(self, key: str | None = None, timeout: float = 100.0) -> httpx.Client:
         headers = {"authorization": f"Bearer {key or self.key}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
 
@@ -94,7 +94,7 @@ class LiveServer:
         os.kill(pid, number)
         return pid
 
-    def wait_restarted(self, name: str, old: int, seconds: float = 30) -> None:
+    def wait_restarted(self, name: str, old: int, seconds: float = 100) -> None:
         """Until another process of that name runs and the server is ready again."""
         self.until(lambda: self.pid(name) != old, seconds)
         self.until(self.is_ready, seconds)
@@ -104,14 +104,14 @@ class LiveServer:
             return httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).status_code == 200
         return False
 
-    def until(self, condition: Any, seconds: float = 30) -> Any:
+    def until(self, condition: Any, seconds: float = 100) -> Any:
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.05)
         return value
 
-    def stop(self, seconds: float = 40) -> int:
+    def stop(self, seconds: float = 150) -> int:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)

@@ -213,7 +213,7 @@ class World:
     async def job(self, job_id: str) -> dict:
         return (await self.a.get(f"/v1/fine_tuning/jobs/{job_id}")).json()
 
-    async def status(self, job_id: str, wanted: str, seconds: float = 10) -> dict:
+    async def status(self, job_id: str, wanted: str, seconds: float = 50) -> dict:
         """Wait until the job has a status."""
 
         async def reached() -> dict | None:
@@ -234,7 +234,7 @@ class World:
         await self.status(job_id, "running")
         return job_id
 
-    async def until(self, condition: Callable[[], Any | Awaitable[Any]], seconds: float = 10) -> Any:
+    async def until(self, condition: Callable[[], Any | Awaitable[Any]], seconds: float = 50) -> Any:
         deadline = time.monotonic() + seconds
         while True:
             value = condition()
@@ -296,7 +296,7 @@ def in_world(root: Path, scenario: Callable[[World], Awaitable[None]], **setting
         try:
             async with gateway(root, engine, **settings) as world:
                 await world.until(lambda: world.services.engine.engine is not None)
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(200):
                     await scenario(world)
         finally:
             await engine.close()

@@ -112,7 +112,7 @@ class SteppedEngine:
         params = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, **sampling)
         self.requests.add(Generate(request_id, "t", tuple(ids), params, adapter, "s", time.monotonic()))
 
-    def until(self, condition: Any, seconds: float = 30) -> None:
+    def until(self, condition: Any, seconds: float = 150) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "it did not happen in time"

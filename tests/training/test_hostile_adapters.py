@@ -36,7 +36,7 @@ def refused(folder, base_digest=BASE_DIGEST) -> AdapterError:
     start = time.monotonic()
     with pytest.raises(AdapterError) as caught:
         read_folder(folder, SITES, base_digest)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20
     assert len(caught.value.message) < 600
     return caught.value
 
@@ -297,7 +297,7 @@ def test_pattern_keys_that_explode_or_are_no_expression(folder, key):
         read_folder(folder, SITES)
     except AdapterError:
         pass
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20
 
 
 EXPRESSIONS = [

@@ -15,9 +15,7 @@ from coserve.scheduler.simulation.streams import require
 @dataclass
 class Residency:
     places: int  # adapters at once
-    sizes: dict[str, int] = field(
-        default_factory=dict
-    )  # blocks of adapters that lie in the store; the others take none
+    sizes: dict[str, int] = field(default_factory=dict)  # blocks of an adapter; none: it does not lie in the store
     last_use: dict[str, float] = field(default_factory=dict)  # of those that are there
     kept_out: str | None = None  # the adapter that waits for blocks
     due: int = 0  # free blocks with which it is loaded
@@ -35,9 +33,8 @@ class Residency:
         """If it is there."""
         return self.sizes.get(adapter or "", 0) if adapter in self.last_use else 0
 
-    def load(
-        self, wanted: Sequence[str], used: Collection[str], free: int, most: int, running: int, now: float
-    ) -> bool:
+    def load(self, wanted: Sequence[str], used: Collection[str], free: int, most: int, running: int,
+             now: float) -> bool:  # fmt: skip
         """Load the most urgent missing adapter, evicting idle ones; False if all are there, or if it has to wait.
 
         It waits for its blocks, beside those of idle ones that are more urgent and two more for each running request.

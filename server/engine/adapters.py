@@ -36,7 +36,7 @@ class AdapterBook:
         self._arrived: dict[str, Weights] = {}  # read from disk, waiting for room
         self._placed = False  # whether the last tick put a version into the pool
         self._kept_out: str | None = None  # the first that has arrived and waits for what others in use hold
-        self.lacks = 0  # blocks that it, or a pinned one, waits for (see `AdapterPool.lacks`)
+        self.lacks = 0  # blocks that it, or a pinned one, waits for (`PoolRoom.lacks`)
         self.pins = Pins(pool)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ class TrainingCopies:
         self._pool, self._shares = pool, shares
         self._held: dict[str, tuple[str, int]] = {}  # key of a copy -> its tenant and pages
         self._waiting: set[str] = set()  # tenants of which a job has found no room in this turn
-        self.lacks = 0  # blocks that the first such job waits for (see `AdapterPool.lacks`)
+        self.lacks = 0  # blocks that the first such job waits for (`PoolRoom.lacks`)
 
     def turn(self) -> None:
         """Jobs are about to ask for places, the oldest first."""

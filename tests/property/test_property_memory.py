@@ -84,6 +84,7 @@ class Case:
         if self.missing and self.random.random() < 0.1:
             held = world.blocks - world.reserved - world.free
             world.reserved = min(self.random.choice((0, self.missing)), world.blocks - held)
+            world.resident.evict((), world.used, world.free)  # whoever takes blocks has those of idle adapters
         return bool(self.streams or self.sweeps or world.streams or world.sweeps)
 
 

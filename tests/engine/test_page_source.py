@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -13,6 +12,7 @@ from coserve.server.engine.adapter_pool import AdapterPool, PoolFull
 from coserve.server.engine.kv_cache import KVCache, LayerShape, OutOfBlocks
 from coserve.server.engine.page_source import BlockPages, OwnPages, laid_out
 from coserve.server.engine.prefix_cache import BlockManager
+from coserve.server.training.peft.lora import LoraPair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,17 +21,11 @@ ALIKE = (LayerShape(2, 16, 16),) * 3
 WIDTHS = {"q": (64, 32), "down": (100, 64), "up": (64, 200)}
 
 
-@dataclass
-class Pair:
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float = 1.0
-
-
-def adapter(seed: int, rank: int = 4) -> dict[str, Pair]:
+def adapter(seed: int, rank: int = 4) -> dict[str, LoraPair]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: Pair(*(torch.randn(rank, width, generator=generator) for width in both)) for name, both in WIDTHS.items()
+        name: LoraPair(*(torch.randn(rank, width, generator=generator) for width in both))
+        for name, both in WIDTHS.items()
     }
 
 
@@ -57,7 +51,7 @@ class Store:
                 assert (keys[block * 16 : block * 16 + 16] == 1000.0 * layer + block).all()
                 assert (values[block * 16 : block * 16 + 16] == -1000.0 * layer - block).all()
 
-    def check_read(self, key: str, weights: dict[str, Pair]) -> None:
+    def check_read(self, key: str, weights: dict[str, LoraPair]) -> None:
         for site, pair in weights.items():
             a, b, _ = self.pool.tensors(key, site)
             assert torch.equal(a, pair.a) and torch.equal(b, pair.b)

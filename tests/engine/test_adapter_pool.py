@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,17 +13,11 @@ import torch
 from coserve.server.engine.adapter_loader import AdapterLoader
 from coserve.server.engine.adapter_pool import AdapterInUse, AdapterPool, PoolFull, default_page_elements
 from coserve.server.engine.host_image import weights_bytes
+from coserve.server.training.peft.lora import LoraPair
 
 torch.set_num_threads(1)
 PAGE = 40  # elements
 WIDTHS = {"layers.0.q": (16, 24), "layers.0.down": (50, 16), "layers.1.q": (16, 24)}
-
-
-@dataclass
-class Pair:
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float = 1.0
 
 
 def adapter(seed, rank=4, sites=tuple(WIDTHS), scaling=0.5, dtype=torch.float32):
@@ -33,7 +26,7 @@ def adapter(seed, rank=4, sites=tuple(WIDTHS), scaling=0.5, dtype=torch.float32)
     def noise(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    return {site: Pair(noise(rank, WIDTHS[site][0]), noise(rank, WIDTHS[site][1]), scaling) for site in sites}
+    return {site: LoraPair(noise(rank, WIDTHS[site][0]), noise(rank, WIDTHS[site][1]), scaling) for site in sites}
 
 
 def pool(pages, dtype=torch.float32):
@@ -182,7 +175,7 @@ def test_a_retired_adapter_goes_with_its_last_request():
 
 def test_wrong_shapes_are_refused_before_anything_is_taken():
     pages = pool(100)
-    for pair in (Pair(torch.zeros(2, 3), torch.zeros(3, 3)), Pair(torch.zeros(4), torch.zeros(4, 2))):
+    for pair in (LoraPair(torch.zeros(2, 3), torch.zeros(3, 3)), LoraPair(torch.zeros(4), torch.zeros(4, 2))):
         with pytest.raises(ValueError, match="not \\[r, in\\]"):
             pages.load("bad", {"layers.0.q": pair})
     assert pages.bytes_used == 0
